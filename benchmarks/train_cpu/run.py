@@ -1,0 +1,210 @@
+"""Measure one training step on CPU: TernLM against Hugging Face Trainer, litgpt and TRL, interleaved.
+
+    python benchmarks/train_cpu/run.py
+
+installs the peers into their own environments, runs every configuration as its own process in rounds of alternating
+order, and writes results.json and results.md. Run it with the python that has TernLM. Linux only.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from data import write_documents
+from environments import prepare_environment
+from report import describe_hardware, write_report
+from workloads import CONFIGURATIONS, SGEMM, WORKLOADS, Workload, resize
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from record import PREFIX, Job
+
+REPO = Path(__file__).resolve().parents[2]
+PEERS = Path(__file__).resolve().parent / "peers"
+log = logging.getLogger("train_cpu")
+
+
+def main() -> int:
+    """Run what the command line asks for; return 1 if a configuration failed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    args = parse_arguments()
+    workloads = [chosen_workload(name, args) for name in args.workload or WORKLOADS]
+    pythons = chosen_pythons(workloads, args.envs.expanduser())
+    results: dict = {
+        "benchmark": "train_cpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": describe_hardware(args.threads),
+        "settings": {"rounds": args.rounds, "warmup": args.warmup, "steps": args.steps},
+        "workloads": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="ternlm-bench-") as scratch:
+        for workload in workloads:
+            folder = Path(scratch) / workload.name
+            # Two rows beyond the steps' own: litgpt reads one token past a row, and asks for one batch more.
+            num_rows = (args.warmup + args.steps + 2) * workload.batch
+            lengths = write_documents(workload, num_rows, folder)
+            results["workloads"].append(describe_workload(workload, lengths))
+            for index in range(args.rounds):
+                entry: dict = {}
+                results["workloads"][-1]["rounds"].append(entry)
+                for config in order_of_round(workload.configs, index):
+                    job = make_job(workload, config, folder, args)
+                    entry[config] = run_process(job, pythons[config], folder, args.timeout)
+                    write_report(results, args.out)
+    log.info("wrote %s", args.out / "results.md")
+    rounds = [entry for workload in results["workloads"] for entry in workload["rounds"]]
+    return int(any("error" in result for entry in rounds for result in entry.values()))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="One training step on CPU, against other libraries.")
+    add = parser.add_argument
+    add("--out", type=Path, default=REPO / "benchmarks/results/train_cpu", help="folder of the results")
+    add("--rounds", type=int, default=3, help="times that every configuration runs")
+    add("--workload", action="append", choices=list(WORKLOADS), help="may be given more than once; all")
+    add("--peers", help="configurations to run, comma-separated; else the workload's own")
+    add("--warmup", type=int, default=3, help="steps before the timed ones (compilation happens there)")
+    add("--steps", type=int, default=5, help="timed steps")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of every process")
+    add("--envs", type=Path, default=Path("~/.cache/ternlm-bench"), help="folder of the peers' environments")
+    add("--timeout", type=float, default=3600, help="seconds before a process is ended")
+    shape = parser.add_argument_group("shape", "changes to the workloads; results are titled as resized")
+    for name in ("batch", "seq_len", "mean_document", "vocab_size", "hidden_size", "num_layers", "num_heads"):
+        shape.add_argument("--" + name.replace("_", "-"), type=int)
+    shape.add_argument("--intermediate-size", type=int)
+    args = parser.parse_args()
+    if min(args.rounds, args.warmup, args.steps, args.threads) < 1:
+        parser.error("--rounds, --warmup, --steps and --threads must be at least 1")
+    return args
+
+
+def chosen_workload(name: str, args: argparse.Namespace) -> Workload:
+    """Return the workload as the command line changes it."""
+    workload = WORKLOADS[name]
+    changes = {
+        field: getattr(args, field)
+        for field in ("batch", "seq_len", "vocab_size", "hidden_size", "num_layers", "num_heads")
+    }
+    changes["intermediate_size"] = args.intermediate_size
+    if workload.mean_document is not None:
+        changes["mean_document"] = args.mean_document
+    configs = workload.configs
+    if args.peers:
+        configs = tuple(args.peers.split(","))
+        unknown = [config for config in configs if config not in CONFIGURATIONS]
+        if unknown:
+            sys.exit(f"--peers: {unknown[0]!r} is not known; choose from {', '.join(CONFIGURATIONS)}")
+    from dataclasses import replace
+
+    return replace(resize(workload, **changes), configs=configs)
+
+
+def chosen_pythons(workloads: list[Workload], envs: Path) -> dict[str, Path]:
+    """Return each configuration's python, making the environments that are missing."""
+    configs = {SGEMM, *(config for workload in workloads for config in workload.configs)}
+    pythons = {}
+    for config in sorted(configs):
+        environment = CONFIGURATIONS[config].environment
+        pythons[config] = prepare_environment(environment, envs) if environment else Path(sys.executable)
+    return pythons
+
+
+def order_of_round(configs: tuple[str, ...], index: int) -> tuple[str, ...]:
+    """Return the round's order: every second one is reversed, so that no one always runs on the warmer machine."""
+    return (SGEMM, *(reversed(configs) if index % 2 else configs))
+
+
+def describe_workload(workload: Workload, lengths: list[int]) -> dict:
+    """Return what the results say of a workload before any of its rounds."""
+    return {
+        "name": workload.name,
+        "title": workload.title,
+        "shape": vars(workload.shape),
+        "batch": workload.batch,
+        "seq_len": workload.seq_len,
+        "configs": list(workload.configs),
+        "aim": vars(workload.aim),
+        "documents": len(lengths),
+        "mean_document_tokens": sum(lengths) / len(lengths),
+        "flops_per_token": workload.flops_per_token(lengths),
+        "rounds": [],
+    }
+
+
+def make_job(workload: Workload, config: str, folder: Path, args: argparse.Namespace) -> Job:
+    """Return what one process is to do."""
+    return Job(
+        config=config,
+        shape=workload.shape,
+        batch=workload.batch,
+        seq_len=workload.seq_len,
+        warmup=args.warmup,
+        steps=args.steps,
+        threads=args.threads,
+        tokens=str(folder / "tokens.npy"),
+        ends=str(folder / "ends.npy"),
+        scratch=str(folder / "scratch"),
+        packed=workload.mean_document is not None,
+    )
+
+
+def run_process(job: Job, python: Path, folder: Path, timeout: float) -> dict:
+    """Run one configuration in a process of its own and return its result, or {"error": what it said last}."""
+    scratch = Path(job.scratch)
+    scratch.mkdir()
+    job.save(folder / "job.json")
+    command = [str(python), str(PEERS / CONFIGURATIONS[job.config].script), str(folder / "job.json")]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            env=environment_of(job, folder),
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        said, output, failed = done.stderr, done.stdout, done.returncode != 0
+    except subprocess.TimeoutExpired:
+        said, output, failed = f"ended after {timeout:g} seconds", "", True
+    finally:
+        shutil.rmtree(scratch)
+    found = [line for line in output.splitlines() if line.startswith(PREFIX)]
+    if failed or len(found) != 1:
+        log.error("%s failed:\n%s", job.config, said[-4000:])
+        return {"name": job.config, "error": said.strip().splitlines()[-1:] or ["no result was printed"]}
+    result = json.loads(found[0].removeprefix(PREFIX))
+    speed = result.get("tokens_per_s") or result["flops_per_s"] / 1e9
+    unit = "tokens/s" if "tokens_per_s" in result else "GFLOP/s"
+    log.info("%-14s %8.1f %s (process: %.0f s)", job.config, speed, unit, time.monotonic() - start)
+    return result
+
+
+def environment_of(job: Job, folder: Path) -> dict[str, str]:
+    """Return the process's environment variables: threads, no GPU, no network, caches of its own."""
+    threads = str(job.threads)
+    given = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / job.config),
+    }
+    if CONFIGURATIONS[job.config].environment is None:
+        given["PYTHONPATH"] = str(REPO)
+    if job.config == "litgpt-eager":
+        given["TORCHDYNAMO_DISABLE"] = "1"
+    return {**os.environ, **given}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

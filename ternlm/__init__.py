@@ -1,0 +1,3 @@
+"""TernLM: a lightweight framework for the whole life of a large language model."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,7 @@
+"""The error of this package."""
+
+from ternlm.config.section import UserError
+
+
+class CheckpointError(UserError):
+    """A checkpoint can't be written, read or used. The message says which, why and what to do."""

@@ -1,0 +1,77 @@
+"""Where checkpoints lie: `RUN/checkpoints/step-00000100/`, complete when its marker is there.
+
+The marker is written after everything else has reached the disk, so whatever kills a process in the middle of a
+save leaves a folder that nobody takes for a checkpoint.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from ternlm.checkpoint.errors import CheckpointError
+from ternlm.config.training import CheckpointConfig
+
+MARKER = "COMPLETE"
+_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps of the run in folder `run`."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def complete_steps(run: Path) -> list[int]:
+    """Return the steps of the run's complete checkpoints, ascending."""
+    return [step for step, complete in _steps(run) if complete]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest complete one of a run's folder."""
+    if (path / MARKER).exists():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; give a run's folder or one of its checkpoints")
+    steps = complete_steps(path)
+    if not steps and path.name == "checkpoints":
+        steps, path = complete_steps(path.parent), path.parent
+    if steps:
+        return checkpoint_folder(path, steps[-1])
+    if _NAME.match(path.name):
+        raise CheckpointError(f"{path}: this checkpoint was never completed ({MARKER} is missing); take another")
+    raise CheckpointError(f"{path}: holds no complete checkpoint; give a run's folder or one of its checkpoints")
+
+
+def prune(run: Path, config: CheckpointConfig) -> None:
+    """Remove what the retention rule doesn't keep, and incomplete folders older than the newest complete one."""
+    steps = complete_steps(run)
+    kept = set(steps[-config.keep_last :])
+    if config.keep_every_steps:
+        kept |= {step for step in steps if step % config.keep_every_steps == 0}
+    for step, complete in _steps(run):
+        if (complete and step not in kept) or (not complete and steps and step < steps[-1]):
+            remove(checkpoint_folder(run, step))
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; its marker goes first, so that a half-removed one never counts."""
+    (folder / MARKER).unlink(missing_ok=True)
+    sync(folder)
+    shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _steps(run: Path) -> list[tuple[int, bool]]:
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.match(path.name))]
+    return sorted((step, (path / MARKER).exists()) for step, path in found)

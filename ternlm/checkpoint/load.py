@@ -1,0 +1,81 @@
+"""Read checkpoints: the facts, the weights alone, or everything a resumed run needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+
+from ternlm.checkpoint.errors import CheckpointError
+from ternlm.checkpoint.folders import find_checkpoint
+from ternlm.checkpoint.save import STATE_FILE
+from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors, put_optimizer_tensors
+from ternlm.config.model import ModelConfig
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the facts saved beside the tensors; `checkpoint` may also be a run's folder."""
+    path = find_checkpoint(checkpoint) / STATE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise CheckpointError(f"{path}: can't be read ({reason}); take another checkpoint") from reason
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """Read the shape of the model in a checkpoint."""
+    # JSON has lists where the settings have tuples and no types to be strict about.
+    return ModelConfig.model_validate(read_state(checkpoint)["model"], strict=False)
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Fill the model's parameters, in place, from a checkpoint of the same shape."""
+    _load(model_tensors(model), find_checkpoint(checkpoint))
+
+
+def load_everything(model: nn.Module, optimizers: list[Optimizer], checkpoint: Path) -> None:
+    """Fill the model's parameters and the optimizers' states, in place."""
+    optimizer_state = optimizer_tensors(model, optimizers)
+    tensors = {**model_tensors(model), **optimizer_state}
+    _load(tensors, find_checkpoint(checkpoint))
+    put_optimizer_tensors(model, optimizers, {name: tensors[name] for name in optimizer_state})
+
+
+def check_same_model(checkpoint: Path, model: ModelConfig, tokenizer_fingerprint: str | None) -> None:
+    """Refuse weights of another shape or of another tokenizer, naming what differs.
+
+    tokenizer_fingerprint: None where the data doesn't tell its tokenizer; then only the shape is compared.
+    """
+    state = read_state(checkpoint)
+    saved = read_model_config(checkpoint)
+    ignored = {"preset", "init", "max_position_embeddings", "rope_scaling"}  # none of them shapes a weight
+    for name in sorted(set(ModelConfig.model_fields) - ignored):
+        theirs, ours = _resolved(saved, name), _resolved(model, name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{checkpoint} was trained with model.{name} = {theirs}, this run has {ours}; "
+                f"set model.{name} to {theirs} or start from other weights"
+            )
+    theirs = state["tokenizer"]["fingerprint"]
+    if None not in (theirs, tokenizer_fingerprint) and theirs != tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer (fingerprint {theirs}, here "
+            f"{tokenizer_fingerprint}): its ids mean other "
+            "tokens; prepare the data with the tokenizer in the checkpoint's folder, or start from other weights"
+        )
+
+
+def _resolved(config: ModelConfig, name: str) -> Any:
+    resolved = {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
+    return resolved.get(name, getattr(config, name))
+
+
+def _load(tensors: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    except (CheckpointException, OSError, RuntimeError, ValueError) as reason:
+        first = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        raise CheckpointError(f"{folder}: can't be loaded ({first}); take another checkpoint") from reason

@@ -1,0 +1,50 @@
+"""The tensors of a checkpoint as one flat dictionary, in PyTorch's distributed checkpoint (DCP) layout.
+
+DCP stores each tensor by its name and shape, whatever the layout it was saved from, so any layout can load it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+# Flat names (`state.<parameter>.exp_avg`) are what a pipeline stage or another group split can pick from.
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters by name, tied ones once; the tensors are the model's own."""
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
+    """Return the optimizers' states by name, made first where there are none yet.
+
+    Learning rates, decay and the like are left out: a resumed run takes them from its settings.
+    """
+    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    return {f"optimizer.{name}": value for name, value in state.items() if name.startswith("state.")}
+
+
+def put_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Any]) -> None:
+    """Give the optimizers the states that `optimizer_tensors` returned."""
+    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    state.update({name.removeprefix("optimizer."): value for name, value in tensors.items()})
+    set_optimizer_state_dict(model, optimizers, state, options=_FLAT)
+
+
+def copy_to_cpu(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Copy every tensor, so that training may go on while the copy is written."""
+    copies = {
+        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for name, value in tensors.items()
+    }
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies

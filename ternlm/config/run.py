@@ -1,0 +1,68 @@
+"""The root of the settings: one pretraining run."""
+
+from pydantic import model_validator
+
+from ternlm.config.data import BatchConfig, DataConfig
+from ternlm.config.model import ModelConfig
+from ternlm.config.section import Section, setting
+from ternlm.config.training import (
+    CheckpointConfig,
+    ComputeConfig,
+    LossConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+
+class LoadConfig(Section):
+    """Weights to start from; a resumed run ignores it."""
+
+    checkpoint: str | None = setting(
+        None, "run or checkpoint folder whose weights a new run starts from", alias="from"
+    )
+
+
+class Config(Section):
+    """Everything a pretraining run depends on."""
+
+    name: str = setting("run", "name of the run", min_length=1)
+    out: str = setting("runs/run", "folder for checkpoints, metrics and the resolved settings", min_length=1)
+    seed: int = setting(1234, "of weights and data order", ge=0, lt=2**63)
+    model: ModelConfig = setting(..., "the model")
+    data: DataConfig = setting(..., "the data")
+    batch: BatchConfig = setting(..., "the batch")
+    train: TrainConfig = setting(..., "the run's length and safety")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "the optimizer")
+    schedule: ScheduleConfig = setting(ScheduleConfig, "the learning rate over time")
+    loss: LossConfig = setting(LossConfig, "the objective")
+    compute: ComputeConfig = setting(ComputeConfig, "device, precision, memory")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "saving")
+    monitor: MonitorConfig = setting(MonitorConfig, "metrics")
+    validation: ValidationConfig = setting(ValidationConfig, "held-out loss")
+    sample: SampleConfig = setting(SampleConfig, "sampled text")
+    load: LoadConfig = setting(LoadConfig, "weights to start from")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        scaled = self.model.rope_scaling.kind != "default"
+        if self.data.seq_len > self.model.max_position_embeddings and not scaled:
+            raise ValueError(
+                f"data.seq_len = {self.data.seq_len} must be at most model.max_position_embeddings = "
+                f"{self.model.max_position_embeddings}; raise the latter or set model.rope_scaling"
+            )
+        held_out = bool(self.data.validation) or self.data.validation_fraction > 0
+        if self.validation.every_steps and not held_out:
+            raise ValueError(
+                "validation.every_steps is set but there is nothing to validate on; "
+                "set data.validation_fraction or data.validation"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a full global batch."""
+        return self.batch.global_sequences * self.data.seq_len

@@ -1,0 +1,130 @@
+"""Cross entropy with the head in chunks: the N x V logits never exist whole.
+
+The gradients of the hidden states and of the head's weight are made in the forward, chunk by chunk, while the
+chunk's logits are at hand; the backward only scales them. A checkpointed chunk was measured 20% slower.
+
+Shapes: N tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenLosses(NamedTuple):
+    """What `chunked_cross_entropy` returns."""
+
+    total: Tensor
+    """Weighted sum of the objective over the tokens; differentiable scalar, float32."""
+    nll_N: Tensor
+    """Negative log-likelihood of each target (nats), without smoothing or z-loss; 0 where the weight is 0."""
+    correct_N: Tensor
+    """Whether the likeliest token is the target; False where the weight is 0."""
+
+
+def chunked_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    *,
+    chunk_tokens: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> TokenLosses:
+    """Sum the weighted cross entropy of `hidden @ weight.T` against the targets.
+
+    Per token: (1 - s) nll + s (lse - mean logit) + z lse^2, with lse the log of the softmax's normaliser.
+    Matrix products run in hidden's dtype, everything else in float32. Tokens of weight 0 cost nothing on a CPU.
+    """
+    if hidden_ND.device.type != "cpu" or bool(weights_N.all()):
+        return TokenLosses(
+            *_ChunkedCrossEntropy.apply(
+                hidden_ND, weight_VD, targets_N, weights_N, chunk_tokens, label_smoothing, z_loss
+            )
+        )
+    kept = weights_N.nonzero().squeeze(1)
+    total, nll, correct = _ChunkedCrossEntropy.apply(
+        hidden_ND[kept], weight_VD, targets_N[kept], weights_N[kept], chunk_tokens, label_smoothing, z_loss
+    )
+    nll_N = nll.new_zeros(targets_N.shape).index_copy_(0, kept, nll)
+    correct_N = correct.new_zeros(targets_N.shape).index_copy_(0, kept, correct)
+    return TokenLosses(total, nll_N, correct_N)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        chunk_tokens: int,
+        smoothing: float,
+        z_loss: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        head_VD = weight_VD.detach().to(hidden_ND.dtype)
+        grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        nll_N = hidden_ND.new_zeros(targets_N.shape, dtype=torch.float32)
+        correct_N = torch.zeros_like(targets_N, dtype=torch.bool)
+        for start in range(0, len(targets_N), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            hidden, targets, weights = hidden_ND[rows].detach(), targets_N[rows], weights_N[rows]
+            logits = (hidden @ head_VD.T).float()
+            target_logits = logits.gather(1, targets[:, None]).squeeze(1)
+            best = logits.argmax(1)
+            lse = logits.logsumexp(1)
+            nll = lse - target_logits
+            loss = nll
+            if smoothing:
+                loss = (1 - smoothing) * nll + smoothing * (lse - logits.mean(1))
+            if z_loss:
+                loss = loss + z_loss * lse.square()
+            total += (weights * loss).sum()
+            nll_N[rows] = nll * (weights != 0)
+            correct_N[rows] = (best == targets) & (weights != 0)
+            if not (wants_hidden or wants_weight):
+                continue
+            grad = _softmax_gradient_(logits, lse, targets, weights, smoothing, z_loss).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head_VD, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _add_product_(grad_weight, grad.T, hidden)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll_N, correct_N)
+        return total, nll_N, correct_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            # In place: the buffer is this function's own, and a second V x D copy would double the peak.
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _softmax_gradient_(
+    logits: Tensor, lse: Tensor, targets: Tensor, weights: Tensor, smoothing: float, z_loss: float
+) -> Tensor:
+    """Turn the chunk's logits, in place, into the gradient of its weighted losses."""
+    scale = weights * (1 + 2 * z_loss * lse) if z_loss else weights
+    grad = logits.sub_(lse[:, None]).exp_().mul_(scale[:, None])
+    if smoothing:
+        grad.sub_((weights * (smoothing / grad.shape[1]))[:, None])
+    return grad.scatter_add_(1, targets[:, None], (-(1 - smoothing) * weights)[:, None])
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to a float32 buffer in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

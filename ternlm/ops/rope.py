@@ -1,0 +1,62 @@
+"""Rotary positions (arXiv 2104.09864), with linear, dynamic NTK and YaRN scaling.
+
+Half-split rotation, as in Hugging Face's Llama and in InternLM. Shapes: B batch, T tokens, N heads, H head dim.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ternlm.config.model import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
+    """Return the inverse frequencies, (H/2) float32, and the factor on cos and sin.
+
+    length: longest sequence (tokens) that is to be attended over; only dynamic scaling depends on it.
+    """
+    head, scaling, theta = config.head_size, config.rope_scaling, config.rope_theta
+    trained = config.rope_original_length
+    if scaling.kind == "dynamic" and length > trained:
+        stretch = scaling.factor * length / trained - (scaling.factor - 1)
+        theta = theta * stretch ** (head / (head - 2))
+    exponents = torch.arange(0, head, 2, dtype=torch.float32, device=device) / head
+    frequencies = 1.0 / theta**exponents
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor, 1.0
+    if scaling.kind == "yarn":
+        return _yarn(config, frequencies)
+    return frequencies, 1.0
+
+
+def rope_tables(config: ModelConfig, positions_BT: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the positions' angles, both (B, T, 1, H)."""
+    frequencies, scale = rope_frequencies(config, length, positions_BT.device)
+    angles = positions_BT[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head by its position; cos and sin as from `rope_tables`."""
+    first, second = x_BTNH.chunk(2, dim=-1)
+    return x_BTNH * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _yarn(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor, float]:
+    """Interpolate low frequencies and keep high ones (arXiv 2309.00071, section 3.2)."""
+    head, scaling, trained = config.head_size, config.rope_scaling, config.rope_original_length
+
+    def dim_of(rotations: float) -> float:
+        return head * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dim_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dim_of(scaling.beta_slow)), head - 1)
+    index = torch.arange(head // 2, dtype=torch.float32, device=frequencies.device)
+    interpolated = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    mixed = frequencies * (1 - interpolated) + frequencies / scaling.factor * interpolated
+    scale = scaling.attention_factor
+    if scale is None:
+        scale = 0.1 * math.log(scaling.factor) + 1.0
+    return mixed, scale

@@ -1,0 +1,41 @@
+"""Activation recompute: the first blocks keep only their input, or their matrix products too."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ternlm.ops.attention import KEPT_OPS, Attend
+
+
+def recompute_blocks(blocks: list[nn.Module], fraction: float, keep: str) -> int:
+    """Make the first `fraction` of the blocks recompute their activations in backward; return how many.
+
+    keep: "nothing", or "matmuls" to store the results of matrix products and of attention, so that only cheap
+    operations run twice.
+    """
+    chosen = blocks[: int(len(blocks) * fraction)]
+    for block in chosen:
+        block.forward = _recomputed(block.forward, keep)
+    return len(chosen)
+
+
+def _recomputed(forward: Callable[..., Tensor], keep: str) -> Callable[..., Tensor]:
+    # A plain function: the compiler doesn't look into a functools.partial of `checkpoint`.
+    def recomputed(x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        contexts = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+        if keep == "matmuls":
+            return checkpoint(forward, x_BTD, cos, sin, attend, use_reentrant=False, context_fn=contexts)
+        return checkpoint(forward, x_BTD, cos, sin, attend, use_reentrant=False)
+
+    return recomputed
+
+
+def _keep_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    aten = torch.ops.aten
+    matmuls = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default)
+    kept = op in matmuls or op in KEPT_OPS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

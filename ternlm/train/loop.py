@@ -1,0 +1,110 @@
+"""The training loop. Pretraining, fine-tuning and everything later is batches and a loss run through this."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ternlm.config.section import UserError
+from ternlm.data.batch import Batch
+from ternlm.optim.schedule import apply_schedule
+from ternlm.train.report import Reporter, StepFacts
+from ternlm.train.run import Run
+from ternlm.train.step import accumulate_gradients, update_weights
+from ternlm.train.stop import StopFile, StopSignals, out_of_time
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(UserError):
+    """Training can't go on; everything up to the last checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something to do after each step at which `due` says so; its metrics are reported with the step's."""
+
+    due: Callable[[int], bool]
+    act: Callable[[], dict[str, float]]
+
+
+def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, extras: Sequence[Every] = ()) -> None:
+    """Train until the last step, the time budget, a signal or the stop file; save on the way and at the end.
+
+    batches: one list of microbatches per step; an empty one is a step to be passed over.
+    """
+    progress, stop_file = run.progress, StopFile(run.config.train.stop_file)
+    saved_at = time.monotonic()
+    with StopSignals() as signals:
+        for microbatches in batches:
+            started = time.monotonic()
+            facts = train_step(run, microbatches)
+            seconds = time.monotonic() - started + run.loader.wait_seconds
+            progress.seconds += seconds
+            extra: dict[str, float] = {}
+            for every in extras:
+                extra |= every.act() if every.due(progress.step) else {}
+            reporter.report(facts, seconds, extra)
+            asked = stop_file.asks(progress.step)
+            reason = _reason_to_stop(run, facts, signals.received, asked, seconds)
+            if reason or asked == "save" or _save_is_due(run, time.monotonic() - saved_at):
+                run.save()
+                saved_at = time.monotonic()
+            if reason:
+                logger.info("stopped after step %d: %s", progress.step, reason)
+                break
+        run.saver.wait()
+
+
+def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
+    """Train on one global batch and count it; a bad step is counted and never applied.
+
+    Returns None for a step without batches. Raises TrainingError when too many steps in a row were bad.
+    """
+    config, progress = run.config, run.progress
+    progress.step += 1
+    if not microbatches:
+        return None
+    apply_schedule(run.optimizers, progress.updates, config.train.steps, config.optimizer, config.schedule)
+    scale = run.scaler.scale if run.scaler else 1.0
+    loss = accumulate_gradients(run.model, run.loss_fn, microbatches, run.device, run.autocast, scale)
+    verdict = run.spikes.judge(loss.mean)
+    norm = update_weights(run.model, run.optimizers, config.optimizer.clip_norm, scale, apply=verdict == "ok")
+    applied = verdict == "ok" and math.isfinite(norm)
+    if run.scaler:
+        run.scaler.update(overflow=not math.isfinite(norm))
+    progress.updates += applied
+    progress.skipped += not applied
+    progress.skipped_in_row = 0 if applied else progress.skipped_in_row + 1
+    progress.tokens += sum(batch.tokens_BT.numel() for batch in microbatches)
+    if progress.skipped_in_row >= config.train.max_skipped_in_row:
+        raise TrainingError(
+            f"the newest {progress.skipped_in_row} steps had non-finite gradients or loss spikes (step "
+            f"{progress.step}: loss {loss.mean:.4g}, gradient norm {norm:.4g}); go on from the last checkpoint "
+            "with a lower optimizer.lr, or pass over the data with data.skip_steps"
+        )
+    return StepFacts(loss, norm, spiked=verdict == "stop", microbatches=microbatches)
+
+
+def _reason_to_stop(
+    run: Run, facts: StepFacts | None, signal: str | None, asked: str | None, seconds: float
+) -> str | None:
+    train = run.config.train
+    if signal:
+        return f"received {signal}"
+    if facts and facts.spiked:
+        return "the loss spiked (train.spike = stop)"
+    if asked == "stop":
+        return f"the stop file {train.stop_file} asked for it"
+    if run.progress.step >= train.steps:
+        return "the last step is done"
+    if out_of_time(train, run.progress.seconds, seconds):
+        return f"the time budget of {train.max_minutes:g} minutes is used up"
+    return None
+
+
+def _save_is_due(run: Run, seconds_since_save: float) -> bool:
+    checkpoint, step = run.config.checkpoint, run.progress.step
+    by_steps = checkpoint.every_steps > 0 and step % checkpoint.every_steps == 0
+    return by_steps or 0 < checkpoint.every_minutes * 60 <= seconds_since_save

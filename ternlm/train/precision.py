@@ -1,0 +1,54 @@
+"""Number formats: what the matrix products run in, on this device."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from ternlm.config.section import ConfigError
+from ternlm.config.training import ComputeConfig
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device meant by `compute.device`; raises ConfigError where it isn't there."""
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as reason:
+        first = str(reason).splitlines()[0]
+        raise ConfigError(
+            f"compute.device = {name!r} can't be used here ({first}); set compute.device=auto"
+        ) from reason
+    return device
+
+
+def choose_dtype(compute: ComputeConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the matrix products: the one asked for, or what the device is fast at."""
+    if compute.dtype != "auto":
+        dtype = _DTYPES[compute.dtype]
+        if dtype == torch.bfloat16 and not _fast_bfloat16(device):
+            logger.warning("compute.dtype = bfloat16 is emulated on this device and very slow; float32 is faster")
+        return dtype
+    dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    logger.info("compute.dtype = auto: %s, since %s is fast at it", str(dtype).removeprefix("torch."), device.type)
+    return dtype
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return the context in which forward runs: weights stay float32, matrix products use `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False

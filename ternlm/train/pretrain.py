@@ -1,0 +1,81 @@
+"""The pretraining job: settings in; checkpoints, metrics and samples out."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import torch
+
+from ternlm.config import Config, render
+from ternlm.config.section import ConfigError
+from ternlm.data.tokenizer import Tokenizer
+from ternlm.model.decoder import CausalLM
+from ternlm.monitor.peak import device_peak
+from ternlm.monitor.sinks import open_sinks
+from ternlm.train.loop import Every, train_loop
+from ternlm.train.report import Reporter
+from ternlm.train.run import Run, set_up
+from ternlm.train.validate import validate
+
+logger = logging.getLogger(__name__)
+
+Continue = Callable[[CausalLM, Tokenizer, Sequence[str], int, float], list[str]]
+"""`(model, tokenizer, prompts, max_new_tokens, temperature) -> continuations`."""
+
+
+def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | None = None) -> Run:
+    """Train to the end of `config`, or until something stops the run; return it with its trained model.
+
+    resume: see `set_up`. continue_texts: how to sample, needed only where `sample.every_steps` is set.
+    Every error in the settings or the data is raised before the first step.
+    """
+    if config.sample.every_steps and continue_texts is None:
+        raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
+    run = set_up(config, resume)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.toml").write_text(render(config), encoding="utf-8")
+    if run.progress.step >= config.train.steps:
+        logger.info("%s is complete: %d of %d steps", run.folder, run.progress.step, config.train.steps)
+        run.loader.close()
+        return run
+    sinks = open_sinks(config.monitor, run.folder, config.train.steps, run.progress.step)
+    with closing(Reporter(run, sinks, _peak_tflops(run))) as reporter, closing(run.loader):
+        train_loop(run, run.loader, reporter, _extras(run, reporter, continue_texts))
+    return run
+
+
+def _peak_tflops(run: Run) -> float:
+    if run.config.compute.peak_tflops:
+        return run.config.compute.peak_tflops
+    peak = device_peak(run.device, run.dtype)
+    logger.info("MFU is against %.3g TFLOPS (%s)", peak.tflops, peak.source)
+    return peak.tflops
+
+
+def _extras(run: Run, reporter: Reporter, continue_texts: Continue | None) -> list[Every]:
+    validation, sample = run.config.validation, run.config.sample
+    extras = []
+    if validation.every_steps:
+        extras.append(Every(_each(validation.every_steps, run.config.train.steps), lambda: validate(run)))
+    if sample.every_steps and continue_texts is not None:
+
+        def act() -> dict[str, float]:
+            for prompt, text in zip(sample.prompts, sample_texts(run, continue_texts), strict=True):
+                reporter.text(f"sample/{prompt}", text)
+            return {}
+
+        extras.append(Every(_each(sample.every_steps, run.config.train.steps), act))
+    return extras
+
+
+def sample_texts(run: Run, continue_texts: Continue) -> list[str]:
+    """Continue the prompts of `sample` with the model as it is now."""
+    if run.tokenizer is None:
+        raise ConfigError("sample needs a tokenizer; set data.tokenizer")
+    sample = run.config.sample
+    with torch.compiler.set_stance("force_eager"), run.autocast():
+        return continue_texts(run.model, run.tokenizer, sample.prompts, sample.max_new_tokens, sample.temperature)
+
+
+def _each(steps: int, last: int) -> Callable[[int], bool]:
+    return lambda step: step % steps == 0 or step == last

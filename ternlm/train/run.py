@@ -1,0 +1,209 @@
+"""Everything one training run holds, and how it is set up, resumed and saved."""
+
+import logging
+import platform
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+import ternlm
+from ternlm.checkpoint.errors import CheckpointError
+from ternlm.checkpoint.folders import complete_steps, find_checkpoint
+from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_state
+from ternlm.checkpoint.save import Saver
+from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
+from ternlm.config import Config, DataConfig, diff, load_config, render
+from ternlm.config.section import ConfigError
+from ternlm.data.loader import Loader, ValidationBatches, validation_batches
+from ternlm.data.shards import MANIFEST
+from ternlm.data.tokenizer import Tokenizer, load_tokenizer
+from ternlm.model.decoder import CausalLM, build_model
+from ternlm.model.init import init_weights
+from ternlm.monitor.health import SpikeRule
+from ternlm.optim.groups import build_optimizers
+from ternlm.optim.scaler import LossScaler
+from ternlm.parallel.apply import prepare_model
+from ternlm.train.objective import LossFn, next_token_loss
+from ternlm.train.precision import autocast, choose_device, choose_dtype
+from ternlm.train.state import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One run on one device."""
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    model: CausalLM
+    optimizers: list[Optimizer]
+    loss_fn: LossFn
+    loader: Loader
+    held_out: dict[str, ValidationBatches]
+    tokenizer: Tokenizer | None
+    """None where the data doesn't say which it was made with and the settings don't either."""
+    saver: Saver
+    progress: Progress
+    scaler: LossScaler | None
+    spikes: SpikeRule
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's checkpoints and metrics lie."""
+        return Path(self.config.out)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which forward runs."""
+        return autocast(self.device, self.dtype)
+
+    def save(self) -> None:
+        """Save a checkpoint of this moment."""
+        tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizers)}
+        self.saver.save(self.progress.step, tensors, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "progress": self.progress.state_dict(),
+            "data": self.loader.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "spikes": self.spikes.state_dict(),
+            "model": self.config.model.model_dump(mode="json", exclude_none=True),
+            "tokenizer": {"fingerprint": self.tokenizer.fingerprint if self.tokenizer else None},
+            "versions": {
+                "ternlm": ternlm.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def set_up(config: Config, resume: str = "auto") -> Run:
+    """Build a run and load what it starts from.
+
+    resume: "auto" goes on from the newest complete checkpoint in `config.out` if there is one; "never" starts anew and
+    refuses a folder that holds checkpoints; anything else is the run's or checkpoint's folder to go on from.
+    Raises ConfigError, DataError or CheckpointError before the first step.
+    """
+    checkpoint = _checkpoint_to_resume(Path(config.out), resume)
+    device = choose_device(config.compute.device)
+    if config.compute.threads:
+        torch.set_num_threads(config.compute.threads)
+    tokenizer = find_tokenizer(config.data)
+    loader, held_out = _open_data(config, tokenizer, pin=device.type == "cuda")
+    if checkpoint or config.load.checkpoint:
+        start = checkpoint or Path(config.load.checkpoint or "")
+        check_same_model(start, config.model, tokenizer.fingerprint if tokenizer else None)
+    dtype = choose_dtype(config.compute, device)
+    model = _build(config, device)
+    run = Run(
+        config=config,
+        device=device,
+        dtype=dtype,
+        model=model,
+        optimizers=build_optimizers(model, config.optimizer),
+        loss_fn=next_token_loss(config.loss, _byte_table(tokenizer, config, device)),
+        loader=loader,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        saver=Saver(Path(config.out), config.checkpoint, lambda folder: _write_files(folder, config, tokenizer)),
+        progress=Progress(),
+        scaler=LossScaler() if dtype == torch.float16 else None,
+        spikes=SpikeRule(config.train),
+    )
+    if checkpoint:
+        _resume(run, checkpoint)
+    elif config.load.checkpoint:
+        load_weights(model, Path(config.load.checkpoint))
+        logger.info("weights from %s", config.load.checkpoint)
+    return run
+
+
+def find_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """Load the tokenizer that the settings name, else the one beside the first prepared source."""
+    if data.tokenizer:
+        return load_tokenizer(data.tokenizer)
+    prepared = (source.path for source in data.sources if (Path(source.path) / MANIFEST).is_file())
+    path = next(prepared, None)
+    return load_tokenizer(path) if path else None
+
+
+def _open_data(config: Config, tokenizer: Tokenizer | None, pin: bool) -> tuple[Loader, dict[str, ValidationBatches]]:
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    loader = Loader(config.data, config.batch, config.seed, config.model.vocab_size, pin=pin, fingerprint=fingerprint)
+    held_out = validation_batches(
+        config.data,
+        config.batch,
+        config.model.vocab_size,
+        max_sequences=config.validation.max_sequences,
+        pin=pin,
+        fingerprint=fingerprint,
+    )
+    return loader, held_out
+
+
+def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
+    steps = complete_steps(out)
+    if resume == "never":
+        if steps:
+            raise ConfigError(
+                f"out = {str(out)!r} already holds checkpoints (newest: step {steps[-1]}) and --resume is never; "
+                "choose another out, or resume with --resume auto"
+            )
+        return None
+    if resume == "auto":
+        return find_checkpoint(out) if steps else None
+    return find_checkpoint(Path(resume))
+
+
+def _build(config: Config, device: torch.device) -> CausalLM:
+    with torch.device("meta"):
+        model = build_model(config.model)
+    model.to_empty(device=device)
+    if config.model.tie_word_embeddings:  # to_empty has made two tensors of the one
+        model.lm_head.weight = model.model.embed_tokens.weight
+    init_weights(model, config.model, config.seed)
+    prepare_model(model, list(model.model.layers), config.compute, device)
+    return model
+
+
+def _resume(run: Run, checkpoint: Path) -> None:
+    state = read_state(checkpoint)
+    for line in diff(_saved_config(checkpoint), run.config):
+        logger.warning("changed since the checkpoint: %s", line)
+    load_everything(run.model, run.optimizers, checkpoint)
+    run.progress = Progress.from_state_dict(state["progress"])
+    run.loader.load_state_dict(state["data"])
+    run.spikes.load_state_dict(state["spikes"])
+    if run.scaler and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    logger.info("resumed from %s", checkpoint)
+
+
+def _saved_config(checkpoint: Path) -> Config:
+    path = checkpoint / "config.toml"
+    try:
+        return load_config(path)
+    except (ConfigError, OSError) as reason:
+        raise CheckpointError(f"{path}: can't be read ({reason}); take another checkpoint") from reason
+
+
+def _byte_table(tokenizer: Tokenizer | None, config: Config, device: torch.device) -> torch.Tensor | None:
+    if tokenizer is None:
+        return None
+    table = torch.zeros(config.model.vocab_size, dtype=torch.int32)
+    counts = torch.from_numpy(tokenizer.token_bytes())
+    table[: len(counts)] = counts
+    return table.to(device)
+
+
+def _write_files(folder: Path, config: Config, tokenizer: Tokenizer | None) -> None:
+    (folder / "config.toml").write_text(render(config), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(folder)

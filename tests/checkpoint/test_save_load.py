@@ -1,0 +1,168 @@
+import json
+
+import pytest
+import torch
+
+from ternlm.checkpoint.errors import CheckpointError
+from ternlm.checkpoint.folders import MARKER, checkpoint_folder, complete_steps, find_checkpoint
+from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_state
+from ternlm.checkpoint.save import Saver
+from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
+from ternlm.config.model import ModelConfig
+from ternlm.config.training import CheckpointConfig, OptimizerConfig
+from ternlm.model.decoder import build_model
+from ternlm.model.init import init_weights
+from ternlm.optim.groups import build_optimizers
+
+
+def make(seed, kind="adamw", **shape):
+    config = ModelConfig(preset="tiny-gqa", attention_bias=True, **shape)
+    model = build_model(config)
+    init_weights(model, config, seed)
+    return config, model, build_optimizers(model, OptimizerConfig(kind=kind))
+
+
+def train(model, optimizers, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def save(run, steps, config, model, optimizers, **settings):
+    saver = Saver(run, CheckpointConfig(**settings), lambda folder: None)
+    state = {"model": config.model_dump(mode="json"), "tokenizer": {"fingerprint": "f"}}
+    for step in steps:
+        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers)}
+        saver.save(step, tensors, {**state, "step": step})
+    saver.wait()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("wait", [True, False])
+def test_weights_and_optimizer_go_on_bit_for_bit(tmp_path, kind, tie, wait):
+    config, model, optimizers = make(1, kind, tie_word_embeddings=tie)
+    train(model, optimizers, 0)
+    save(tmp_path, [1], config, model, optimizers, wait=wait)
+    _, again, its = make(2, kind, tie_word_embeddings=tie)
+    load_everything(again, its, tmp_path)
+    for seed in (1, 2):
+        train(model, optimizers, seed)
+        train(again, its, seed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_background_save_writes_the_weights_of_its_moment(tmp_path):
+    _, model, optimizers = make(1)
+    train(model, optimizers, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None)
+    saver.save(1, {**model_tensors(model), **optimizer_tensors(model, optimizers)}, {})
+    for seed in range(5):
+        train(model, optimizers, seed)
+    saver.wait()
+    _, again, _ = make(2)
+    load_weights(again, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+
+
+def test_learning_rate_and_decay_come_from_the_settings_not_the_checkpoint(tmp_path):
+    config, model, optimizers = make(1)
+    train(model, optimizers, 0)
+    save(tmp_path, [1], config, model, optimizers)
+    again = make(2)[1]
+    its = build_optimizers(again, OptimizerConfig(lr=7e-3, weight_decay=0.5))
+    load_everything(again, its, tmp_path)
+    assert its[0].param_groups[0]["lr"] == 7e-3
+    assert its[0].param_groups[0]["weight_decay"] == 0.5
+
+
+def test_only_the_last_and_every_nth_are_kept(tmp_path):
+    save(tmp_path, [2, 4, 6, 8, 10, 11], *make(1), keep_last=2, keep_every_steps=4)
+    assert complete_steps(tmp_path) == [4, 8, 10, 11]
+
+
+def test_a_folder_without_its_marker_is_no_checkpoint_and_is_cleared_away(tmp_path):
+    made = make(1)
+    save(tmp_path, [1, 2], *made, keep_last=5)
+    (checkpoint_folder(tmp_path, 2) / MARKER).unlink()
+    assert complete_steps(tmp_path) == [1]
+    assert find_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="never completed"):
+        find_checkpoint(checkpoint_folder(tmp_path, 2))
+    save(tmp_path, [3], *made, keep_last=5)
+    assert not checkpoint_folder(tmp_path, 2).exists()
+
+
+def test_saving_again_over_an_incomplete_folder_works(tmp_path):
+    folder = checkpoint_folder(tmp_path, 1)
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_text("half")
+    save(tmp_path, [1], *make(1))
+    load_weights(make(2)[1], folder)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_failed_save_is_raised_and_leaves_no_marker(tmp_path, wait):
+    def write_files(folder):
+        raise OSError("disk full")
+
+    _, model, _ = make(1)
+    saver = Saver(tmp_path, CheckpointConfig(wait=wait), write_files)
+    with pytest.raises(CheckpointError, match="disk full"):
+        saver.save(1, model_tensors(model), {})
+        saver.wait()
+    assert complete_steps(tmp_path) == []
+
+
+def test_a_truncated_file_is_a_clear_error(tmp_path):
+    save(tmp_path, [1], *make(1))
+    data = next(checkpoint_folder(tmp_path, 1).glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"can't be loaded .*take another checkpoint"):
+        load_weights(make(2)[1], tmp_path)
+
+
+def test_a_missing_folder_and_an_empty_run_say_so(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+def test_unreadable_facts_are_a_clear_error(tmp_path):
+    save(tmp_path, [1], *make(1))
+    (checkpoint_folder(tmp_path, 1) / "state.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match=r"state\.json: can't be read"):
+        read_state(tmp_path)
+
+
+def test_another_shape_is_refused_by_the_setting_that_differs(tmp_path):
+    config, *made = make(1)
+    save(tmp_path, [1], config, *made)
+    check_same_model(tmp_path, config, "f")
+    other = ModelConfig(preset="tiny-gqa", attention_bias=True, intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"model\.intermediate_size = 256, this run has 128"):
+        check_same_model(tmp_path, other, "f")
+
+
+def test_the_same_shape_spelt_otherwise_is_accepted(tmp_path):
+    config, *made = make(1)
+    save(tmp_path, [1], config, *made)
+    spelt = ModelConfig.model_validate({**config.model_dump(), "preset": None, "head_dim": 16}, strict=False)
+    check_same_model(tmp_path, spelt, "f")
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    config, *made = make(1)
+    save(tmp_path, [1], config, *made)
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        check_same_model(tmp_path, config, "g")
+
+
+def test_the_facts_are_readable_json(tmp_path):
+    save(tmp_path, [3], *make(1))
+    assert json.loads((checkpoint_folder(tmp_path, 3) / "state.json").read_text())["step"] == 3
+    assert read_state(tmp_path)["step"] == 3

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from ternlm.optim.clip import clip_gradients, gradient_norm
+
+
+def parameters():
+    made = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+    made[0].grad, made[1].grad = torch.tensor([1.0, 2.0, 2.0]), torch.full((2, 2), 2.0)
+    return [*made, torch.nn.Parameter(torch.zeros(1))]  # the last has no gradient
+
+
+def test_the_norm_is_over_all_gradients():
+    assert gradient_norm(parameters()) == pytest.approx(5.0)
+
+
+def test_clipping_scales_all_gradients_to_the_largest_norm():
+    given = parameters()
+    clip_gradients(given, gradient_norm(given), 1.0)
+    assert gradient_norm(given) == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(given[0].grad, torch.tensor([0.2, 0.4, 0.4]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 6.0])
+def test_smaller_gradients_and_no_clipping_change_nothing(max_norm):
+    given = parameters()
+    clip_gradients(given, gradient_norm(given), max_norm)
+    assert torch.equal(given[0].grad, torch.tensor([1.0, 2.0, 2.0]))

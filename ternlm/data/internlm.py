@@ -117,15 +117,11 @@ def _read_meta(file: Path) -> NDArray[np.int64]:
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{path}: not a .npy array ({error}); copy it again, or tokenize again") from error
     if not isinstance(meta, np.ndarray) or (meta.size and (meta.ndim != 2 or meta.shape[1] < 2)):
-        raise DataError(
-            f"{path}: its shape is {meta.shape}, not (documents, 2); is it the .meta of {file.name}?"
-        )
+        raise DataError(f"{path}: its shape is {meta.shape}, not (documents, 2); is it the .meta of {file.name}?")
     if meta.size == 0:
         meta = np.empty((0, 2), np.int64)
     if meta.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: its dtype is {meta.dtype}, not int32 or int64; is it the .meta of {file.name}?"
-        )
+        raise DataError(f"{path}: its dtype is {meta.dtype}, not int32 or int64; is it the .meta of {file.name}?")
     meta = meta.astype(np.int64)
     _check_offsets(file, path, meta)
     return meta
@@ -149,9 +145,7 @@ def _check_offsets(file: Path, path: Path, meta: NDArray[np.int64]) -> None:
     if rest:
         raise DataError(f"{file}: its last {rest} bytes are lines that {path.name} doesn't list; {_REMEDY}")
     if not line.rstrip().endswith(b"}"):
-        raise DataError(
-            f"{file}: its last line was cut off, after {line[-20:].decode(errors='replace')!r}; {_REMEDY}"
-        )
+        raise DataError(f"{file}: its last line was cut off, after {line[-20:].decode(errors='replace')!r}; {_REMEDY}")
 
 
 def _map_file(path: Path) -> mmap.mmap:

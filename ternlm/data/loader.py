@@ -27,12 +27,9 @@ _log = logging.getLogger(__name__)
 class SequenceReader:
     """Read any sequences of the training data: a pure function of settings, seed and their indices."""
 
-    def __init__(
-        self, data: DataConfig, *, seed: int, vocab_size: int, fingerprint: str | None = None
-    ) -> None:
+    def __init__(self, data: DataConfig, *, seed: int, vocab_size: int, fingerprint: str | None = None) -> None:
         self.sources = tuple(
-            open_source(source, data, validation=False, fraction=data.validation_fraction)
-            for source in data.sources
+            open_source(source, data, validation=False, fraction=data.validation_fraction) for source in data.sources
         )
         check_tokenizers(self.sources, vocab_size, fingerprint)
         self._data = data
@@ -219,9 +216,7 @@ class ValidationBatches:
             first = (number * self._world + self._rank) * self._size
             windows = [self._window(index) for index in range(first, first + self._size)]
             types = [0] * self._size
-            batch = pack(
-                windows, types, (self.source.name,), seq_len=self.source.seq_len, across=self._across
-            )
+            batch = pack(windows, types, (self.source.name,), seq_len=self.source.seq_len, across=self._across)
             yield batch.pin() if self._pin else batch
 
     def _window(self, index: int) -> Window:
@@ -250,8 +245,7 @@ def validation_batches(
     sources = []
     if data.validation_fraction > 0:
         sources += [
-            open_source(source, data, validation=True, fraction=data.validation_fraction)
-            for source in data.sources
+            open_source(source, data, validation=True, fraction=data.validation_fraction) for source in data.sources
         ]
     sources += [open_source(source, data, validation=True, fraction=1.0) for source in data.validation]
     names = [source.name for source in sources]

@@ -55,7 +55,5 @@ def first_sequence(batch: BatchConfig, step: int) -> int:
     start, increment, every = batch.rampup.start, batch.rampup.increment, batch.rampup.every
     sizes_below = -(-(batch.global_sequences - start) // increment)  # batch sizes smaller than the full one
     whole, rest = divmod(min(step, sizes_below * every), every)
-    growing = every * (whole * start + increment * whole * (whole - 1) // 2) + rest * (
-        start + increment * whole
-    )
+    growing = every * (whole * start + increment * whole * (whole - 1) // 2) + rest * (start + increment * whole)
     return growing + max(0, step - sizes_below * every) * batch.global_sequences

@@ -194,8 +194,7 @@ class ShardSet:
         if not any(self.shards[i].masked for i, _, _ in parts):
             return ids, None
         masks = [
-            self._array(i, "mask")[a:b] if self.shards[i].masked else np.ones(b - a, MASK_DTYPE)
-            for i, a, b in parts
+            self._array(i, "mask")[a:b] if self.shards[i].masked else np.ones(b - a, MASK_DTYPE) for i, a, b in parts
         ]
         return ids, _join(masks, MASK_DTYPE).astype(bool)
 
@@ -295,9 +294,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; give one written by `tern data prepare`")
         if any(folder.glob("shard-*")):
-            raise DataError(
-                f"{folder}: has shards but no {MANIFEST}: run the same `tern data prepare` to its end"
-            )
+            raise DataError(f"{folder}: has shards but no {MANIFEST}: run the same `tern data prepare` to its end")
         raise DataError(f"{folder}: has no {MANIFEST}; give a folder written by `tern data prepare`")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -310,9 +307,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: version {manifest.get('version')}, but this TernLM reads version {VERSION}; "
             "update TernLM or prepare the data again"
         )
-    missing = [
-        key for key in ("dtype", "tokenizer", "num_tokens", "num_documents", "shards") if key not in manifest
-    ]
+    missing = [key for key in ("dtype", "tokenizer", "num_tokens", "num_documents", "shards") if key not in manifest]
     if missing:
         raise DataError(f"{path}: has no {missing[0]!r}; prepare the data again")
     if manifest["dtype"] not in TOKEN_DTYPES:
@@ -335,9 +330,7 @@ def _map_file(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
         # As a plain array: slices of a memmap are slow to make.
         return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); was it moved or changed since the start?"
-        ) from error
+        raise DataError(f"{path}: cannot be read ({error}); was it moved or changed since the start?") from error
 
 
 def _split(starts: NDArray[np.int64], start: int, stop: int) -> list[tuple[int, int, int]]:

@@ -91,9 +91,7 @@ class Source:
     def window(self, position: int) -> Window:
         """Read sequence `position` of range(num_sequences)."""
         if not 0 <= position < self.num_sequences:
-            raise IndexError(
-                f"source {self.name!r} has {self.num_sequences} sequences, not number {position}"
-            )
+            raise IndexError(f"source {self.name!r} has {self.num_sequences} sequences, not number {position}")
         if self._one_document:
             documents, starts, lengths = self._kept.document(position)
             goes_on = int(lengths[-1]) > self.seq_len
@@ -217,9 +215,7 @@ class _KeptDocuments:
             last = min(first + _SCAN, store.num_documents)
             _, lengths = self._bounds(first, last)
             if lengths.min() < 0:
-                raise DataError(
-                    f"{store.place(first + int(lengths.argmin()))}: ends before it begins; prepare again"
-                )
+                raise DataError(f"{store.place(first + int(lengths.argmin()))}: ends before it begins; prepare again")
             kept = self._keeps(first, lengths)
             blocks = np.arange(0, last - first, _BLOCK)
             documents.append(np.add.reduceat(kept, blocks, dtype=np.int64))
@@ -236,9 +232,7 @@ class _KeptDocuments:
         indices, starts, lengths = self._block(block)
         return indices[at : at + 1], starts[at : at + 1], lengths[at : at + 1]
 
-    def fragments(
-        self, start: int, stop: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], bool]:
+    def fragments(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], bool]:
         """Find tokens [start, stop) of the kept documents.
 
         Returns per fragment of a document its document, start and length in the store, and whether the last

@@ -261,7 +261,6 @@ def test_any_table_is_a_config_or_a_config_error(sections: dict[str, Any]) -> No
     }
     try:
         config = config_from_dict(good | sections)
-    except ConfigError as error:
-        assert str(error).count("\n") >= 1
-    else:
-        assert config_from_dict(config_to_dict(config)) == config
+    except ConfigError:
+        return
+    assert config_from_dict(config_to_dict(config)) == config

@@ -132,9 +132,7 @@ def test_lines_that_the_meta_does_not_list_are_refused(tmp_path):
     for kept, unlisted in ((3, 1), (0, 4)):
         write_meta(path, meta[:kept])
         size = len(b"".join(path.read_bytes().splitlines(keepends=True)[-unlisted:]))
-        with pytest.raises(
-            DataError, match=rf"its last {size} bytes are lines that a\.bin\.meta doesn't list"
-        ):
+        with pytest.raises(DataError, match=rf"its last {size} bytes are lines that a\.bin\.meta doesn't list"):
             InternLMFiles.open(path)
 
 

@@ -11,7 +11,6 @@ import torch
 
 from ternlm.config.data import BatchConfig, DataConfig, RampupConfig, SourceConfig
 from ternlm.config.section import ConfigError
-from ternlm.data import loader as loader_module
 from ternlm.data.batch import Batch
 from ternlm.data.errors import DataError
 from ternlm.data.loader import Loader, SequenceReader, validation_batches
@@ -306,7 +305,7 @@ def test_a_batch_that_the_ranks_cannot_share_evenly_is_refused(corpora, batch, n
 
 
 def test_a_model_with_a_smaller_vocabulary_is_refused_before_the_first_step(corpora):
-    with pytest.raises(DataError, match="'en'.*1000 ids, but the model's vocab_size = 999"):
+    with pytest.raises(DataError, match=r"'en'.*1000 ids, but the model's vocab_size = 999"):
         Loader(settings(corpora), BATCH, 7, VOCAB - 1)
 
 
@@ -352,9 +351,7 @@ def test_validation_holds_every_held_out_token_once_in_a_fixed_order(corpora):
         tokens = torch.cat([batch.tokens_BT for batch in batches]).flatten()
         assert kept == source.num_tokens == int((tokens > 0).sum())
         assert tokens[: source.num_tokens].tolist() == [
-            id
-            for position in range(source.num_sequences)
-            for id in source.window(position).ids[:SEQ_LEN].tolist()
+            id for position in range(source.num_sequences) for id in source.window(position).ids[:SEQ_LEN].tolist()
         ]
         weights = sum(float(batch.weights_BT.sum()) for batch in batches)
         assert weights == source.num_tokens - source.num_documents

@@ -17,9 +17,7 @@ from ternlm.data.shards import ShardSet, ShardWriter, write_manifest
 from ternlm.data.source import EMPTY_WINDOW, Source
 
 PACKINGS = ["documents", "across", "pad"]
-DOCUMENTS = st.lists(
-    st.lists(st.integers(-50, 50).filter(bool), min_size=0, max_size=11), min_size=1, max_size=12
-)
+DOCUMENTS = st.lists(st.lists(st.integers(-50, 50).filter(bool), min_size=0, max_size=11), min_size=1, max_size=12)
 
 
 def reference_rows(documents, seq_len, packing, keep_last):

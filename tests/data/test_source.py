@@ -105,9 +105,7 @@ def test_one_document_a_window_cuts_long_ones_and_leaves_out_those_without_a_tar
     for window in windows:
         (document,), (length,) = window.documents.tolist(), window.lengths.tolist()
         assert length == min(lengths[document], seq_len)
-        assert window.ids.tolist() == [
-            1000 * document + i for i in range(min(lengths[document], seq_len + 1))
-        ]
+        assert window.ids.tolist() == [1000 * document + i for i in range(min(lengths[document], seq_len + 1))]
 
 
 def test_every_document_is_either_trained_on_or_held_out():
@@ -128,7 +126,7 @@ def test_sources_hold_out_different_documents():
 
 def test_the_held_out_documents_are_these_on_any_machine_and_version():
     # A change here would train on what earlier runs validated on.
-    assert kept_documents("en", 200, 0.03, True) == GOLDEN
+    assert kept_documents("en", 200, 0.03, True) == [0, 6, 9, 41, 67, 81, 123, 175]
 
 
 def test_windows_over_many_blocks_of_documents_are_found():
@@ -177,9 +175,7 @@ def test_a_source_too_small_for_one_sequence_is_refused_with_its_numbers(tmp_pat
     path = prepare(tmp_path / "en", [[1, 2, 3], [4], [5, 6]])
     config = SourceConfig(name="en", path=str(path), min_length=2)
     data = DataConfig(sources=(config,), seq_len=8)
-    with pytest.raises(
-        DataError, match=r"'en'.*seq_len = 8.* 3 documents, 6 tokens; 2 documents, 5 tokens are left"
-    ):
+    with pytest.raises(DataError, match=r"'en'.*seq_len = 8.* 3 documents, 6 tokens; 2 documents, 5 tokens are left"):
         open_source(config, data, validation=False, fraction=0.0)
 
 

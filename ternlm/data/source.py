@@ -265,8 +265,6 @@ class _KeptDocuments:
 
     def _bounds(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return start and length of documents first..last-1."""
-        if first:
-            bounds = self._store.ends(first - 1, last)
-        else:
-            bounds = np.concatenate([[0], self._store.ends(0, last)])
+        ends = self._store.ends(max(first - 1, 0), last)
+        bounds = ends if first else np.append(0, ends)
         return bounds[:-1], np.diff(bounds)

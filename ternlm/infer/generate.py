@@ -19,6 +19,7 @@ OnToken = Callable[[int, int], None]
 """`(row, token)`, called for each token of a text as soon as it is known; not for the one that stops it."""
 
 
+@torch.no_grad()
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -28,8 +29,9 @@ def generate(
 ) -> list[list[int]]:
     """Return the continuation of each prompt, without the prompt and without the stop token.
 
-    Under autocast the cache has autocast's dtype, else the weights'. Raises ConfigError for a prompt that is
-    empty, has ids outside the vocabulary, or with max_new_tokens grows past the model's positions.
+    Under autocast the cache has autocast's dtype, else the weights'. Blocks compiled for training would be compiled
+    anew for each length: call it under `torch.compiler.set_stance("force_eager")`. Raises ConfigError for a prompt that
+    is empty, has ids outside the vocabulary, or with max_new_tokens grows past the model's positions.
     """
     for row, prompt in enumerate(prompts):
         _check(model.config, row, prompt, params.max_new_tokens)
@@ -41,11 +43,9 @@ def generate(
         if on_token is not None:
             on_token(row, token)
 
-    # Uncompiled: each step has other shapes, so a compiled block would be compiled again and again.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for rope_length, rows in _rows_by_rope_length(model.config, prompts, params.max_new_tokens).items():
-            batch = {row: prompts[row] for row in rows}
-            _generate_batch(model, batch, params, [generators[row] for row in rows], rope_length, emit)
+    for rope_length, rows in _rows_by_rope_length(model.config, prompts, params.max_new_tokens).items():
+        batch = {row: prompts[row] for row in rows}
+        _generate_batch(model, batch, params, [generators[row] for row in rows], rope_length, emit)
     return texts
 
 
@@ -95,25 +95,22 @@ def _generate_batch(
     rows, device = list(prompts), next(model.parameters()).device
     counts = [len(prompt) for prompt in prompts.values()]
     cache = KVCache(model.config, len(rows), max(counts) + params.max_new_tokens, _dtype(model), device)
-    tokens_BT = torch.zeros((len(rows), max(counts)), dtype=torch.long)
-    for i, prompt in enumerate(prompts.values()):
-        tokens_BT[i, : len(prompt)] = torch.tensor(prompt)
-    tokens_BT = tokens_BT.to(device)
-    seen_BV = _seen(model.config, prompts.values(), device) if params.repetition_penalty != 1 else None
-    active = set(range(len(rows)))
-    for made in range(params.max_new_tokens):
+    padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts.values()]
+    tokens_BT = torch.tensor(padded, device=device)
+    seen_BV = _seen(list(prompts.values()), model.config, device) if params.repetition_penalty != 1 else None
+    active = [True] * len(rows)
+    for _ in range(params.max_new_tokens):
         logits_BV = _last_logits(model, cache, tokens_BT, counts, rope_length)
         tokens_B = sample(logits_BV, params, generators, seen_BV)
         for i, token in enumerate(tokens_B.tolist()):
-            if i in active and token in params.stop_ids:
-                active.remove(i)
-            elif i in active:
+            active[i] = active[i] and token not in params.stop_ids
+            if active[i]:
                 emit(rows[i], token)
-        if not active or made + 1 == params.max_new_tokens:
+        if not any(active):
             return
         if seen_BV is not None:
             seen_BV.scatter_(1, tokens_B[:, None], True)
-        tokens_BT, counts = tokens_B[:, None], [int(i in active) for i in range(len(rows))]
+        tokens_BT, counts = tokens_B[:, None], [int(goes_on) for goes_on in active]
 
 
 def _last_logits(model: CausalLM, cache: KVCache, tokens_BT: Tensor, counts: Sequence[int], rope_length: int) -> Tensor:
@@ -131,7 +128,7 @@ def _dtype(model: CausalLM) -> torch.dtype:
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
-def _seen(config: ModelConfig, prompts: "Sequence[Sequence[int]]", device: torch.device) -> Tensor:
+def _seen(prompts: Sequence[Sequence[int]], config: ModelConfig, device: torch.device) -> Tensor:
     seen_BV = torch.zeros((len(prompts), config.vocab_size), dtype=torch.bool)
     for i, prompt in enumerate(prompts):
         seen_BV[i, torch.tensor(prompt)] = True

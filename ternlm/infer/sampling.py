@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ternlm.config.section import ConfigError
+from ternlm.config.section import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SamplingParams:
     """Positive logits of tokens in the prompt or the text so far are divided by it, negative ones multiplied
     (arXiv 1909.05858); 1: none."""
     seed: int = 0
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
     """Tokens that end a text; they aren't part of it."""
 
     def __post_init__(self) -> None:
@@ -72,12 +72,14 @@ def sample(
     generators: Sequence[torch.Generator],
     seen_BV: Tensor | None = None,
 ) -> Tensor:
-    """Return each row's next token, (B,).
+    """Return each row's next token, (B,). Raises UserError where a row's logits are NaN or infinite.
 
     generators: one a row; not touched where the temperature is 0. seen_BV: bool, the tokens in a row's prompt
     and text so far; needed only with a repetition penalty.
     """
     logits_BV = logits_BV.float()
+    if not logits_BV.amax(-1).isfinite().all():
+        raise UserError("the model's logits are not finite; its weights are broken, or overflow in this dtype")
     if params.repetition_penalty != 1:
         if seen_BV is None:
             raise ValueError("a repetition penalty needs seen_BV")

@@ -68,9 +68,7 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, recompute: float
     return training_flops(config, tokens=1, pairs=seq_len, recompute=recompute)
 
 
-def ancestor_flops_per_token(
-    config: ModelConfig, seq_len: int, recompute: bool, mlp_ratio: float = 8 / 3
-) -> float:
+def ancestor_flops_per_token(config: ModelConfig, seq_len: int, recompute: bool, mlp_ratio: float = 8 / 3) -> float:
     """Return what InternLM's training framework of 2023 counted, to compare with its published TFLOPS.
 
     Full attention over seq_len whatever the packing; the MLP's width before rounding, hidden size x

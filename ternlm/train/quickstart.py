@@ -1,0 +1,160 @@
+"""`tern quickstart`: raw text in, a small trained model and its samples out, on any machine, without a download.
+
+The text is the source of Python's standard library: tens of megabytes of code and English that every Python brings.
+Everything goes through the same functions as a real run: tokenizer, shards, `pretrain`, checkpoints.
+"""
+
+import hashlib
+import json
+import lzma
+import sysconfig
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ternlm.config import Config, config_from_dict, load_config
+from ternlm.data.prepare import prepare
+from ternlm.data.train_tokenizer import train_tokenizer
+from ternlm.train.loop import train_step
+from ternlm.train.pretrain import Continue, pretrain
+from ternlm.train.run import Run, set_up
+from ternlm.train.validate import validate
+
+VOCAB_SIZE = 4096
+PROMPTS = ("def read_file(path", "class Queue:\n", "import os\nimport sys\n", '"""Return the ')
+_HELD_OUT_SHARE = 1 / 48
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files to train on, and files that neither the model nor the tokenizer ever sees."""
+
+    training: list[Path]
+    held_out: list[Path]
+
+
+def quickstart(out: Path, minutes: float, threads: int, continue_texts: Continue) -> Run:
+    """Train a small model for about `minutes` and show what it learnt; run again, it goes on where it was."""
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = find_corpus(Path(sysconfig.get_paths()["stdlib"]))
+    console.rule("[bold]1. Text to tokens")
+    _prepare_data(corpus, out, console)
+    console.rule("[bold]2. Pretraining")
+    config, before = _plan(out, minutes, threads, console)
+    run = pretrain(config, "auto", continue_texts)
+    console.rule("[bold]3. What it learnt")
+    after = validate(run)["validation_bpb/stdlib"]
+    _show_result(console, run, before, after, corpus)
+    for prompt, text in zip(PROMPTS, continue_texts(run.model, _tokenizer(run), PROMPTS, 64, 0.7), strict=True):
+        console.print(f"[bold cyan]{_escape(prompt)}[/]{_escape(text)}", highlight=False)
+        console.rule(style="dim")
+    _show_next(console, out)
+    return run
+
+
+def find_corpus(library: Path) -> Corpus:
+    """List the library's Python files, split by a hash of their names."""
+    files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts and _is_text(p))
+
+    def held_out(path: Path) -> bool:
+        digest = hashlib.sha256(path.relative_to(library).as_posix().encode()).digest()
+        return int.from_bytes(digest[:4], "little") < _HELD_OUT_SHARE * 2**32
+
+    return Corpus([p for p in files if not held_out(p)], [p for p in files if held_out(p)])
+
+
+def quickstart_config(out: Path, steps: int, minutes: float, threads: int) -> Config:
+    """Return the settings; sizes and rates were chosen by trying (docs/log.md)."""
+    return config_from_dict(
+        {
+            "name": "quickstart",
+            "out": str(out),
+            "model": {
+                "vocab_size": VOCAB_SIZE,
+                "hidden_size": 256,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "intermediate_size": 704,
+                "attention_bias": True,
+                "max_position_embeddings": 512,
+                "init": {"kind": "plain"},
+            },
+            "data": {
+                "seq_len": 256,
+                "sources": [{"name": "stdlib", "path": str(out / "data" / "training")}],
+                "validation": [{"name": "stdlib", "path": str(out / "data" / "held_out")}],
+            },
+            "batch": {"global_sequences": 16, "microbatch_sequences": 16},
+            "train": {"steps": steps, "max_minutes": 1.5 * minutes},
+            "optimizer": {"kind": "muon", "lr": 3e-3, "muon_lr": 0.02},
+            "schedule": {"kind": "wsd", "warmup_fraction": 0.02, "decay_fraction": 0.6},
+            "compute": {"threads": threads},
+            "checkpoint": {"every_steps": 0, "every_minutes": 1.0},
+            "validation": {"max_sequences": 0},
+        }
+    )
+
+
+def _prepare_data(corpus: Corpus, out: Path, console: Console) -> None:
+    tokenizer, data = out / "tokenizer", out / "data"
+    if not (tokenizer / "tokenizer.json").exists():
+        train_tokenizer(corpus.training, VOCAB_SIZE, tokenizer, format="text")
+    prepare(corpus.training, tokenizer, data / "training", format="text", console=console)
+    prepare(corpus.held_out, tokenizer, data / "held_out", format="text", console=console)
+
+
+def _plan(out: Path, minutes: float, threads: int, console: Console) -> tuple[Config, float]:
+    """Return the run's settings and the held-out bits per byte before training.
+
+    A run that was stopped keeps the settings it began with; a new one gets as many steps as fit into `minutes` by
+    the time that a few steps take.
+    """
+    notes = out / "quickstart.json"
+    if notes.exists():
+        config = load_config(out / "config.toml")
+        return config, json.loads(notes.read_text())["bpb_before"]
+    started = time.monotonic()
+    probe = set_up(quickstart_config(out, 1000, minutes, threads), "never")
+    console.print(f"a model of {probe.config.model.num_params / 1e6:.1f} M parameters, on {probe.device}")
+    with probe.loader:
+        batches = iter(probe.loader)
+        train_step(probe, next(batches))  # compiles
+        begun = time.monotonic()
+        for microbatches in islice(batches, 5):
+            train_step(probe, microbatches)
+        step_seconds = (time.monotonic() - begun) / 5
+    left = minutes * 60 - (time.monotonic() - started)
+    config = quickstart_config(out, max(int(0.97 * left / step_seconds), 5), minutes, threads)
+    before = validate(set_up(config, "never"))["validation_bpb/stdlib"]
+    (out / "config.toml").write_text(_render(config), encoding="utf-8")
+    notes.write_text(json.dumps({"bpb_before": before}))
+    return config, before
+
+
+def _show_result(console: Console, run: Run, before: float, after: float, corpus: Corpus) -> None:
+    text = b"".join(path.read_bytes() for path in corpus.held_out)
+    packed = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    progress = run.progress
+    console.print(
+        f"{progress.tokens / 1e6:.2f} M tokens in {progress.step} steps and {progress.seconds:.0f} s, "
+        f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s\n"
+        f"bits per byte on {len(corpus.held_out)} files it never saw ({len(text) / 1e6:.2f} MB): "
+        f"[bold]{before:.2f}[/] before, [bold green]{after:.3f}[/] after; lzma needs {packed:.3f} for the same bytes"
+    )
+
+
+def _show_next(console: Console, out: Path) -> None:
+    console.print(
+        "What to type next:\n"
+        f"  tern generate {out} --prompt 'def '        more of its writing\n"
+        f"  tern data inspect {out}/data/training      what it was trained on\n"
+        f"  tern config show {out}/config.toml         every setting, explained\n"
+        f"  tern quickstart --minutes 30 --out runs/longer   the same, for longer",
+        highlight=False,
+        markup=False,
+    )

@@ -63,9 +63,10 @@ def quickstart(
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as the process may use.", min=0)] = 0,
 ) -> None:
     """Train a small model from raw text on this machine, and print what it writes."""
+    from ternlm.infer.text import continue_texts
     from ternlm.train.quickstart import quickstart
 
-    quickstart(out=out, minutes=minutes, threads=threads)
+    quickstart(out, minutes, threads, continue_texts)
 
 
 @app.command()
@@ -83,9 +84,27 @@ def train(
     from ternlm.config import load_config
 
     settings = load_config(recipe, overrides or [])  # before torch loads: a mistake shows at once
+    from ternlm.infer.text import continue_texts
     from ternlm.train.pretrain import pretrain
 
-    pretrain(settings, resume)
+    pretrain(settings, resume, continue_texts)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; give it again for several at a time.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Choose among so many most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the most likely tokens of this total share.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.")] = "auto",
+) -> None:
+    """Continue prompts with a trained model."""
+    from ternlm.checkpoint.load import load_weights, read_model_config
+    from ternlm.data.tokenizer import load_tokenizer
 
 
 @config.command("show")

@@ -1,6 +1,7 @@
-"""From the rounds' results to results.json and results.md: medians, paired ratios, aims met or not."""
+"""From the rounds' results to JSON and Markdown: medians, paired ratios, aims met or not."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -27,58 +28,65 @@ def describe_hardware(threads: int) -> dict:
     }
 
 
-def write_report(results: dict, folder: Path) -> None:
-    """Write results.json and results.md; called after every process, so that a broken run leaves what it had."""
+def write_report(result: dict, folder: Path) -> None:
+    """Write WORKLOAD.json and WORKLOAD.md; called after every process, so that a broken run leaves what it had."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "results.md").write_text(format_report(results))
+    (folder / f"{result['workload']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{result['workload']}.md").write_text(format_report(result))
 
 
-def format_report(results: dict) -> str:
-    """Return the whole report in Markdown."""
-    hardware, settings = results["hardware"], results["settings"]
+def format_report(result: dict) -> str:
+    """Return the report of one workload in Markdown."""
+    hardware, settings, rounds = result["hardware"], result["settings"], result["rounds"]
+    peaks = [x / 1e9 for x in _values(rounds, SGEMM, "flops_per_s")]
     lines = [
-        "# One training step on CPU",
+        f"# One training step on CPU: {result['title']}",
         "",
-        f"{results['date']}; {hardware['processor']}, {hardware['cores']} cores, "
-        f"{hardware['memory_gib']} GiB, {' '.join(hardware['vector_instructions'])}; "
-        f"{hardware['threads']} threads in every process.",
+        f"{result['date']}, TernLM at {result['commit']}; {hardware['processor']}, {hardware['cores']} cores, "
+        f"{hardware['memory_gib']} GiB, {' '.join(hardware['vector_instructions'])}; {hardware['threads']} threads "
+        "in every process.",
+        "",
+        f"{result['batch']} x {result['seq_len']} tokens a step, documents of {result['mean_document_tokens']:.0f} "
+        f"tokens on average; {result['flops_per_token'] / 1e6:.1f} MFLOP a token (6 N without the input embedding + "
+        f"causal attention inside documents); sgemm peak {_spread(peaks, '.0f')} GFLOP/s.",
         "",
         f"float32, fused AdamW, clipping at 1.0. Each configuration is a process of its own: {settings['warmup']} "
         f"steps of warm-up (compilation), then {settings['steps']} timed; {settings['rounds']} rounds in alternating "
-        "order. A step lasts from the end of the one before to its own end. Ratios are paired by round; "
-        "median (lowest to highest). Peak memory is the process's resident set up to its last timed step.",
+        "order. A step lasts from the end of the one before to its own end. Ratios are paired by round; median "
+        "(lowest to highest). Peak memory is the process's resident set up to its last timed step; the first step's "
+        "end is counted from the process's start, with nothing compiled before.",
+        "",
+        *_table(result),
+        "",
+        *_format_aims(result),
+        "",
+        "Versions: " + _versions(rounds),
+        "",
     ]
-    for workload in results["workloads"]:
-        lines += ["", *_format_workload(workload)]
-    lines += ["", "Versions: " + _versions(results), ""]
     return "\n".join(lines)
 
 
-def _format_workload(workload: dict) -> list[str]:
-    rounds = workload["rounds"]
-    peaks = _values(rounds, SGEMM, "flops_per_s")
-    lines = [
-        f"## {workload['name']}: {workload['title']}",
-        "",
-        f"{workload['batch']} x {workload['seq_len']} tokens a step; documents of "
-        f"{workload['mean_document_tokens']:.0f} tokens on average; {workload['flops_per_token'] / 1e6:.1f} MFLOP a "
-        f"token (6 N without the input embedding + causal attention inside documents); sgemm peak "
-        f"{_spread([x / 1e9 for x in peaks], '.0f')} GFLOP/s.",
-        "",
-        "| configuration | tokens/s | TernLM is times as fast | % of sgemm peak | peak memory, GiB | "
-        "TernLM's memory / its | first step ends after, s | loss, first to last step | documents |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_format_row(workload, config) for config in workload["configs"]]
-    return [*lines, "", *_format_aims(workload)]
+def _table(result: dict) -> list[str]:
+    titles = (
+        "configuration",
+        "tokens/s",
+        "TernLM is times as fast",
+        "% of sgemm peak",
+        "peak memory, GiB",
+        "TernLM's memory / its",
+        "first step ends after, s",
+        "loss, first to last step",
+        "documents",
+    )
+    head = "| " + " | ".join(titles) + " |"
+    return [head, "|---" * len(titles) + "|", *(_format_row(result, config) for config in result["configs"])]
 
 
-def _format_row(workload: dict, config: str) -> str:
-    label, rounds = CONFIGURATIONS[config].label, workload["rounds"]
+def _format_row(result: dict, config: str) -> str:
+    label, rounds = CONFIGURATIONS[config].label, result["rounds"]
     errors = [entry[config]["error"] for entry in rounds if "error" in entry.get(config, {})]
     if errors:
-        return f"| {label} | failed: {' '.join(errors[0])[:200]} | | | | | | | |"
+        return f"| {label} | failed: {errors[0][:200]} | | | | | | | |"
     speeds = _values(rounds, config, "tokens_per_s")
     if not speeds:
         return f"| {label} | not run yet | | | | | | | |"
@@ -88,7 +96,7 @@ def _format_row(workload: dict, config: str) -> str:
         label,
         _spread(speeds, ".1f"),
         _spread(_paired(rounds, config, "tokens_per_s"), ".2f"),
-        _spread(_percent_of_peak(workload, config), ".0f"),
+        _spread(_percent_of_peak(result, config), ".0f"),
         f"{statistics.median(memory):.2f}",
         _spread(_paired(rounds, config, "peak_rss_bytes"), ".2f"),
         f"{first['first_step_end_seconds']:.0f}",
@@ -98,30 +106,32 @@ def _format_row(workload: dict, config: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _format_aims(workload: dict) -> list[str]:
-    """One line for each thing to reach, with its figure; empty where TernLM or the peer did not run."""
-    rounds, aim = workload["rounds"], workload["aim"]
+def _format_aims(result: dict) -> list[str]:
+    """One line for each thing to reach, with its figure."""
+    rounds, aim = result["rounds"], result["aim"]
+    if aim is None:
+        return ["The workload was resized: its aims don't apply."]
     lines = []
     for peer in aim["against"]:
         label = CONFIGURATIONS[peer].label
         speed = _paired(rounds, peer, "tokens_per_s")
-        if speed:
-            wanted = f"at least {aim['ratio']:g} times {label}"
-            lines.append(_aim_line(wanted, statistics.median(speed) >= aim["ratio"], _spread(speed, ".2f")))
-        memory = _paired(rounds, peer, "peak_rss_bytes") if aim["memory"] else []
-        if memory:
+        lines.append(_aim_line(f"at least {aim['ratio']:g} times {label}", speed, at_least=aim["ratio"]))
+        if aim["memory"]:
+            memory = _paired(rounds, peer, "peak_rss_bytes")
             wanted = f"at most {aim['memory']:g} times the peak memory of {label}"
-            lines.append(_aim_line(wanted, statistics.median(memory) <= aim["memory"], _spread(memory, ".2f")))
-    percent = _percent_of_peak(workload, OURS) if aim["percent_of_peak"] else []
-    if percent:
+            lines.append(_aim_line(wanted, memory, at_most=aim["memory"]))
+    if aim["percent_of_peak"]:
         wanted = f"at least {aim['percent_of_peak']:g}% of the sgemm peak"
-        met = statistics.median(percent) >= aim["percent_of_peak"]
-        lines.append(_aim_line(wanted, met, _spread(percent, ".1f")))
+        percent = _percent_of_peak(result, OURS)
+        lines.append(_aim_line(wanted, percent, at_least=aim["percent_of_peak"]))
     return lines
 
 
-def _aim_line(wanted: str, met: bool, figure: str) -> str:
-    return f"- {'met' if met else '**not met**'}: {wanted}: {figure}"
+def _aim_line(wanted: str, values: list[float], at_least: float = -math.inf, at_most: float = math.inf) -> str:
+    if not values:
+        return f"- not measured: {wanted}"
+    met = at_least <= statistics.median(values) <= at_most
+    return f"- {'met' if met else '**not met**'}: {wanted}: {_spread(values, '.3g')}"
 
 
 def _values(rounds: list[dict], config: str, field: str) -> list[float]:
@@ -134,13 +144,13 @@ def _paired(rounds: list[dict], peer: str, field: str) -> list[float]:
     return [entry[OURS][field] / entry[peer][field] for entry in both] if peer != OURS else []
 
 
-def _percent_of_peak(workload: dict, config: str) -> list[float]:
+def _percent_of_peak(result: dict, config: str) -> list[float]:
     both = [
         entry
-        for entry in workload["rounds"]
+        for entry in result["rounds"]
         if "flops_per_s" in entry.get(SGEMM, {}) and "tokens_per_s" in entry.get(config, {})
     ]
-    flops = workload["flops_per_token"]
+    flops = result["flops_per_token"]
     return [100 * entry[config]["tokens_per_s"] * flops / entry[SGEMM]["flops_per_s"] for entry in both]
 
 
@@ -152,12 +162,11 @@ def _spread(values: list[float], form: str) -> str:
     return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
 
 
-def _versions(results: dict) -> str:
+def _versions(rounds: list[dict]) -> str:
     """Name every package that took part; two versions of one package are both named."""
     seen: dict[str, set[str]] = {}
-    for workload in results["workloads"]:
-        for entry in workload["rounds"]:
-            for result in entry.values():
-                for name, version in result.get("versions", {}).items():
-                    seen.setdefault(name, set()).add(version)
+    for entry in rounds:
+        for result in entry.values():
+            for name, version in result.get("versions", {}).items():
+                seen.setdefault(name, set()).add(version)
     return ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(seen.items()))

@@ -3,7 +3,8 @@
     python benchmarks/train_cpu/run.py
 
 installs the peers into their own environments, runs every configuration as its own process in rounds of alternating
-order, and writes results.json and results.md. Run it with the python that has TernLM. Linux only.
+order, and writes WORKLOAD.json and WORKLOAD.md after every one of them. Run it with the python that has TernLM, on
+Linux.
 """
 
 import argparse
@@ -15,15 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from data import write_documents
 from environments import prepare_environment
 from report import describe_hardware, write_report
-from workloads import CONFIGURATIONS, SGEMM, WORKLOADS, Workload, resize
-
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from record import PREFIX, Job
+from workloads import CONFIGURATIONS, PREFIX, SGEMM, WORKLOADS, Job, Workload, resize
 
 REPO = Path(__file__).resolve().parents[2]
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -36,30 +35,28 @@ def main() -> int:
     args = parse_arguments()
     workloads = [chosen_workload(name, args) for name in args.workload or WORKLOADS]
     pythons = chosen_pythons(workloads, args.envs.expanduser())
-    results: dict = {
-        "benchmark": "train_cpu",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": describe_hardware(args.threads),
-        "settings": {"rounds": args.rounds, "warmup": args.warmup, "steps": args.steps},
-        "workloads": [],
-    }
-    with tempfile.TemporaryDirectory(prefix="ternlm-bench-") as scratch:
-        for workload in workloads:
-            folder = Path(scratch) / workload.name
-            # Two rows beyond the steps' own: litgpt reads one token past a row, and asks for one batch more.
-            num_rows = (args.warmup + args.steps + 2) * workload.batch
-            lengths = write_documents(workload, num_rows, folder)
-            results["workloads"].append(describe_workload(workload, lengths))
-            for index in range(args.rounds):
-                entry: dict = {}
-                results["workloads"][-1]["rounds"].append(entry)
-                for config in order_of_round(workload.configs, index):
-                    job = make_job(workload, config, folder, args)
-                    entry[config] = run_process(job, pythons[config], folder, args.timeout)
-                    write_report(results, args.out)
-    log.info("wrote %s", args.out / "results.md")
-    rounds = [entry for workload in results["workloads"] for entry in workload["rounds"]]
-    return int(any("error" in result for entry in rounds for result in entry.values()))
+    failed = False
+    for workload in workloads:
+        with tempfile.TemporaryDirectory(prefix="ternlm-bench-") as folder:
+            result = measure(workload, pythons, Path(folder), args)
+        failed |= any("error" in said for entry in result["rounds"] for said in entry.values())
+        log.info("wrote %s", args.out / f"{workload.name}.md")
+    return int(failed)
+
+
+def measure(workload: Workload, pythons: dict[str, Path], folder: Path, args: argparse.Namespace) -> dict:
+    """Run all rounds of one workload; its result is on disk after every process."""
+    # Two batches beyond the steps' own: litgpt asks for one more, and reads a token past each row.
+    lengths = write_documents(workload, (args.warmup + args.steps + 2) * workload.batch, folder)
+    result = describe(workload, lengths, args)
+    for index in range(args.rounds):
+        entry: dict = {}
+        result["rounds"].append(entry)
+        for config in order_of_round(workload.configs, index):
+            job = make_job(workload, config, folder, args)
+            entry[config] = run_process(job, pythons[config], folder, args.timeout)
+            write_report(result, args.out)
+    return result
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -101,8 +98,6 @@ def chosen_workload(name: str, args: argparse.Namespace) -> Workload:
         unknown = [config for config in configs if config not in CONFIGURATIONS]
         if unknown:
             sys.exit(f"--peers: {unknown[0]!r} is not known; choose from {', '.join(CONFIGURATIONS)}")
-    from dataclasses import replace
-
     return replace(resize(workload, **changes), configs=configs)
 
 
@@ -121,16 +116,22 @@ def order_of_round(configs: tuple[str, ...], index: int) -> tuple[str, ...]:
     return (SGEMM, *(reversed(configs) if index % 2 else configs))
 
 
-def describe_workload(workload: Workload, lengths: list[int]) -> dict:
-    """Return what the results say of a workload before any of its rounds."""
+def describe(workload: Workload, lengths: list[int], args: argparse.Namespace) -> dict:
+    """Return what a result says before any of its rounds."""
+    commit = subprocess.run(["git", "-C", str(REPO), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "name": workload.name,
+        "benchmark": "train_cpu",
+        "workload": workload.name,
         "title": workload.title,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip() or "unknown",
+        "hardware": describe_hardware(args.threads),
+        "settings": {"rounds": args.rounds, "warmup": args.warmup, "steps": args.steps},
         "shape": vars(workload.shape),
         "batch": workload.batch,
         "seq_len": workload.seq_len,
         "configs": list(workload.configs),
-        "aim": vars(workload.aim),
+        "aim": None if workload.resized else asdict(workload.aim),
         "documents": len(lengths),
         "mean_document_tokens": sum(lengths) / len(lengths),
         "flops_per_token": workload.flops_per_token(lengths),
@@ -179,7 +180,8 @@ def run_process(job: Job, python: Path, folder: Path, timeout: float) -> dict:
     found = [line for line in output.splitlines() if line.startswith(PREFIX)]
     if failed or len(found) != 1:
         log.error("%s failed:\n%s", job.config, said[-4000:])
-        return {"name": job.config, "error": said.strip().splitlines()[-1:] or ["no result was printed"]}
+        last = (said.strip().splitlines() or ["no result was printed"])[-1]
+        return {"name": job.config, "error": last}
     result = json.loads(found[0].removeprefix(PREFIX))
     speed = result.get("tokens_per_s") or result["flops_per_s"] / 1e9
     unit = "tokens/s" if "tokens_per_s" in result else "GFLOP/s"

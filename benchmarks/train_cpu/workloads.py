@@ -6,9 +6,24 @@ A configuration is `PEER` or `PEER-VARIANT`; each runs as one process of a scrip
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+# The peers' processes run with that folder alone on their path, so what they share with this side lies there.
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from record import Shape
+from record import PREFIX, Job, Shape
+
+__all__ = [
+    "CONFIGURATIONS",
+    "PREFIX",
+    "SGEMM",
+    "WORKLOADS",
+    "Aim",
+    "Configuration",
+    "Job",
+    "Shape",
+    "Workload",
+    "resize",
+]
 
 SGEMM = "sgemm"
 
@@ -27,7 +42,8 @@ CONFIGURATIONS = {
     "ternlm": Configuration("ternlm_run.py", None, "TernLM"),
     "ternlm-eager": Configuration("ternlm_run.py", None, "TernLM, compile off"),
     "hf": Configuration("hf_trainer.py", "hf", "HF Trainer"),
-    "hf-compile": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile"),
+    "hf-compile": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile, use_cache"),
+    "hf-compile-mask": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile"),
     "litgpt": Configuration("litgpt_pretrain.py", "litgpt", "litgpt pretrain (compiles)"),
     "litgpt-eager": Configuration("litgpt_pretrain.py", "litgpt", "litgpt pretrain, compile disabled"),
     "trl": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd)"),
@@ -59,6 +75,8 @@ class Workload:
     seq_len: int = 2048
     mean_document: int | None = None
     """Mean length (tokens) of packed documents; None: each row is one document."""
+    resized: bool = False
+    """Whether the command line changed it; the aim holds for the workload as it is only."""
 
     @property
     def flops_per_token_without_attention(self) -> float:
@@ -107,7 +125,7 @@ def resize(workload: Workload, **changes: int | None) -> Workload:
     if not given:
         return workload
     of_shape = {name: value for name, value in given.items() if name in Shape.__dataclass_fields__}
-    of_workload = {name: value for name, value in given.items() if name not in of_shape}
+    of_workload: dict[str, Any] = {name: value for name, value in given.items() if name not in of_shape}
     shape = replace(workload.shape, **of_shape)
     title = f"{workload.title}, resized: {', '.join(f'{name} {value}' for name, value in given.items())}"
-    return replace(workload, shape=shape, title=title, **of_workload)
+    return replace(workload, shape=shape, title=title, resized=True, **of_workload)

@@ -22,7 +22,7 @@ class SourceConfig(Section):
         min_length=1,
     )
     weight: float | None = setting(
-        None, "share of the sequences, relative to the other sources; its number of tokens if not given", gt=0
+        None, "share of the sequences, relative to the other sources; its number of sequences if not given", gt=0
     )
     min_length: int = setting(0, "shorter documents are dropped", unit="tokens", ge=0)
 
@@ -103,6 +103,8 @@ class DataConfig(Section):
     def _check(self) -> "DataConfig":
         for group, sources in (("sources", self.sources), ("validation", self.validation)):
             names = [source.name for source in sources]
+            if "total" in names:
+                raise ValueError(f"{group}: the name 'total' is that of all sources' metrics together; choose another")
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(

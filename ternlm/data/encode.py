@@ -80,7 +80,7 @@ def unit_name(index: int) -> str:
 
 def encode_unit(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, options: EncodeOptions) -> UnitReport:
     """Write the shard of one unit, its .json last. A bad record is a DataError unless they are skipped."""
-    skipped = _Skipped(options.on_error)
+    skipped = SkippedRecords(options.on_error)
     num_bytes = 0
     byte_counts: np.ndarray | None = None
     with ShardWriter(folder, unit_name(index), tokenizer.vocab_size) as writer:
@@ -117,7 +117,7 @@ def read_report(folder: Path, index: int, vocab_size: int) -> UnitReport | None:
     return report if sizes == expected else None
 
 
-class _Skipped:
+class SkippedRecords:
     """Counts bad records by kind and keeps the first of each; or raises at once."""
 
     def __init__(self, on_error: OnError) -> None:
@@ -145,7 +145,7 @@ def _check_size(span: Span) -> None:
 
 
 def _encode_span(
-    span: Span, writer: ShardWriter, tokenizer: Tokenizer, options: EncodeOptions, skipped: _Skipped
+    span: Span, writer: ShardWriter, tokenizer: Tokenizer, options: EncodeOptions, skipped: SkippedRecords
 ) -> int:
     """Encode a span's documents into the writer; returns their UTF-8 bytes."""
     before = [tokenizer.bos_id] if options.bos and tokenizer.bos_id is not None else []
@@ -171,7 +171,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _copy_tokens(span: Span, writer: ShardWriter, byte_counts: np.ndarray, skipped: _Skipped) -> int:
+def _copy_tokens(span: Span, writer: ShardWriter, byte_counts: np.ndarray, skipped: SkippedRecords) -> int:
     """Copy an InternLM file's documents, ids and mask as they are; returns the bytes the ids stand for."""
     source = InternLMFiles.open(span.file.path)
     stop = source.num_documents if span.stop is None else span.stop

@@ -48,8 +48,10 @@ def find_inputs(inputs: Sequence[str | Path], *, format: FormatChoice = "auto", 
     if not inputs:
         raise DataError("no input: give at least one file or folder")
     files: dict[Path, InputFile] = {}
-    for place in map(Path, inputs):
-        for path, name in _walk(place, include):
+    places = [Path(place) for place in inputs]
+    for place, label in zip(places, _labels(places), strict=True):
+        for path, inner in _walk(place, include):
+            name = f"{label}/{inner}" if inner else label
             real = path.resolve()
             if real in files:
                 raise DataError(f"{path}: is given twice; give each input once, and weights in the mixture")
@@ -91,10 +93,20 @@ def describe_units(files: Sequence[InputFile], units: Sequence[Unit]) -> dict[st
     }
 
 
+def _labels(places: list[Path]) -> list[str]:
+    """Name the inputs: by their own names or, where two have the same, by paths from the folder they share."""
+    paths = [Path(os.path.abspath(place)) for place in places]
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() for path in paths]
+
+
 def _walk(place: Path, include: str) -> Iterator[tuple[Path, str]]:
-    """Yield (path, name) of an input's files; a name begins with the input's own."""
+    """Yield (path, path within the input) of an input's files."""
     if place.is_file():
-        yield place, place.name
+        yield place, ""
         return
     if not place.is_dir():
         raise DataError(f"{place}: no such file or folder")
@@ -103,7 +115,7 @@ def _walk(place: Path, include: str) -> Iterator[tuple[Path, str]]:
         inner = path.relative_to(place).as_posix()
         if fnmatch.fnmatch(path.name, include) or fnmatch.fnmatch(inner, include):
             found = True
-            yield path, f"{place.resolve().name}/{inner}"
+            yield path, inner
     if not found:
         raise DataError(f"{place}: no file in it matches include = {include!r}; hidden files don't count")
 

@@ -1,7 +1,7 @@
 """`tern data prepare`: raw text in, a folder of token shards out, by many workers and on many machines.
 
-Every work unit makes one shard whose bytes depend on inputs, tokenizer and options alone; a unit is done when its
-.json is there. So a killed run goes on where it was, and whoever finishes the last unit writes the manifest.
+Every work unit makes one shard whose bytes depend on inputs, tokenizer and options alone; a unit is done when
+its .json is there. So a killed run goes on where it was, and whoever does the last unit writes the manifest.
 """
 
 import json
@@ -59,7 +59,7 @@ class Prepared:
     documents: int
     tokens: int
     bytes: int
-    """UTF-8 bytes of the text behind the tokens; shards, documents and tokens, too, are those of this part."""
+    """UTF-8 bytes of the text behind the tokens. Like shards, documents and tokens, of this part alone."""
     skipped: dict[str, dict[str, Any]]
     """Per kind of record left out: `count`, and the `first` one's place and trouble."""
     new_shards: int
@@ -86,19 +86,22 @@ def prepare(
 ) -> Prepared:
     """Turn files and folders of text into token shards in the folder `out`; or go on where a killed run was.
 
-    workers: processes, as many as cores if not given. part: "i/n", do every n-th unit from the i-th (from 1); the
-    parts are done by n calls, at the same time if need be, into one folder. on_error: stop at the first record
-    that can't be used, or leave such records out and count them. field: of json, jsonl and parquet records.
-    include: pattern for files in folders. unit_bytes: of input for one shard, by the size of the input if not
-    given. console: where to show progress and a summary; None is silent.
+    workers: processes, as many as cores if not given.
+    part: "i/n" does every n-th unit from the i-th (from 1); n calls, on n machines if need be, fill one folder.
+    on_error: stop at the first record that can't be used, or leave such records out and count them.
+    field: the one that holds the text in json, jsonl and parquet records.
+    include: pattern for the files in folders.
+    unit_bytes: input for one shard; by the size of the input if not given.
+    bos, eos: begin and end each document with the tokenizer's own; InternLM's .bin files stay as they are.
+    console: where to show progress and a summary; None is silent.
     """
     _check_choices(on_error=on_error, text_document=text_document, unit_bytes=unit_bytes, workers=workers)
     folder = Path(out)
     its = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     if eos and its.eos_id is None:
         raise DataError(
-            "the tokenizer has no eos token to end documents with; name one as eos_token in tokenizer_config.json "
-            "beside it, or choose --no-eos"
+            "the tokenizer has no eos token to end documents with; name one as eos_token in "
+            "tokenizer_config.json beside it, or choose --no-eos"
         )
     _refuse_own_output(inputs, folder)
     files = find_inputs(inputs, format=format, include=include)
@@ -189,7 +192,7 @@ class _Run:
                     "eos_id": kind.eos_id,
                 },
                 num_bytes=sum(report.bytes for report in reports.values()),
-                options=self.settings,
+                options=self.settings | {"skipped": _sum_skipped(reports)},
             )
         except FileNotFoundError:  # another part ends at the same moment, took ours away and writes the same
             return True
@@ -226,7 +229,7 @@ def _units_of(part: str | None, count: int) -> range:
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     first, step = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= first <= step:
-        raise DataError(f"part = {part!r} must be i/n with 1 <= i <= n, such as 1/4 for the first of four machines")
+        raise DataError(f"part = {part!r} must be i/n with 1 <= i <= n, such as 1/4 for the first of four")
     return range(first - 1, count, step)
 
 
@@ -247,15 +250,15 @@ def _claim(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> None:
         try:
             before = json.loads((folder / PLAN).read_text("utf-8"))
         except ValueError as error:
-            raise DataError(f"{folder / PLAN}: damaged ({error}); delete {folder} and prepare again") from error
+            raise DataError(f"{folder / PLAN}: damaged ({error}); delete {folder} and begin again") from error
         if before != plan:
             raise DataError(
-                f"{folder} was begun with another plan: {_difference(before, plan)}. Give the inputs, tokenizer and "
-                f"options it was begun with to go on, choose another folder, or delete {folder} to begin again"
+                f"{folder} was begun with another plan: {_difference(before, plan)}. Give the inputs, tokenizer "
+                f"and options it was begun with, choose another folder, or delete {folder} to begin again"
             )
     elif names:
         raise DataError(
-            f"{folder} holds other files ({sorted(names)[0]}, ...) and no {PLAN}; choose a new or empty folder"
+            f"{folder} holds other files (such as {min(names)}) and no {PLAN}; choose a new or empty folder"
         )
     else:
         write_atomically(folder / PLAN, (json.dumps(plan, ensure_ascii=False) + "\n").encode())
@@ -300,11 +303,6 @@ def _sum_up(
     *,
     complete: bool,
 ) -> Prepared:
-    skipped: dict[str, dict[str, Any]] = {}
-    for _, report in sorted(reports.items()):
-        for kind, entry in report.skipped.items():
-            total = skipped.setdefault(kind, {"count": 0, "first": entry["first"]})
-            total["count"] += entry["count"]
     return Prepared(
         folder=folder,
         complete=complete,
@@ -312,11 +310,21 @@ def _sum_up(
         documents=sum(report.shard.documents for report in reports.values()),
         tokens=sum(report.shard.tokens for report in reports.values()),
         bytes=sum(report.bytes for report in reports.values()),
-        skipped=dict(sorted(skipped.items())),
+        skipped=_sum_skipped(reports),
         new_shards=len(new),
         new_tokens=sum(report.shard.tokens for report in new.values()),
         seconds=seconds,
     )
+
+
+def _sum_skipped(reports: dict[int, UnitReport]) -> dict[str, dict[str, Any]]:
+    """Add up what units left out, by kind; of each kind the first."""
+    skipped: dict[str, dict[str, Any]] = {}
+    for _, report in sorted(reports.items()):
+        for kind, entry in report.skipped.items():
+            total = skipped.setdefault(kind, {"count": 0, "first": entry["first"]})
+            total["count"] += entry["count"]
+    return dict(sorted(skipped.items()))
 
 
 @contextmanager
@@ -335,18 +343,20 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _print_summary(prepared: Prepared, console: Console) -> None:
+    ratio = prepared.bytes / max(prepared.tokens, 1)
     rows = [
         ("shards", f"{prepared.shards:,}"),
         ("documents", f"{prepared.documents:,}"),
         ("tokens", f"{prepared.tokens:,}"),
         (
             "text",
-            f"{prepared.bytes / 1e6:,.1f} MB, {prepared.bytes / max(prepared.tokens, 1):.2f} bytes per token",
+            f"{prepared.bytes / 1e6:,.1f} MB, {ratio:.2f} bytes per token",
         ),
     ]
     if prepared.new_shards:
         speed = prepared.new_tokens / max(prepared.seconds, 1e-9)
-        rows.append(("this run", f"{prepared.new_shards:,} shards in {prepared.seconds:.1f} s, {speed:,.0f} tokens/s"))
+        run = f"{prepared.new_shards:,} shards in {prepared.seconds:.1f} s, {speed:,.0f} tokens/s"
+        rows.append(("this run", run))
     for kind, entry in prepared.skipped.items():
         rows.append(("left out", f"{entry['count']:,} for {kind}, the first: {entry['first']}"))
     table = Table.grid(padding=(0, 2))

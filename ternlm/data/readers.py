@@ -1,6 +1,6 @@
 """Documents out of files: text, json, jsonl and parquet, plain or .gz/.zst, whole or a part of a file.
 
-A record that can't be used goes to `report`, which raises or counts: readers only say what is wrong and where.
+A record that can't be used goes to `report`, which raises or counts: readers say what is wrong and where.
 Which part of which file is read is `plan`'s choice; InternLM's .bin files are read by `internlm`.
 """
 
@@ -9,12 +9,14 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ternlm.data.errors import DataError
 
 Format = Literal["text", "json", "jsonl", "parquet", "internlm"]
+Compression = Literal["", "gz", "zst"]
 TextDocument = Literal["file", "line", "paragraph"]
 
 MAX_DOCUMENT_BYTES = 64 << 20  # encoding takes some 100 bytes of memory for each token
@@ -33,16 +35,17 @@ class InputFile:
     name: str
     size: int
     format: Format
-    compression: Literal["", "gz", "zst"] = ""
+    compression: Compression = ""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a file: bytes (text, jsonl), row groups (parquet) or documents (internlm); stop None: to the end."""
+    """Part of a file, in bytes (text, jsonl), row groups (parquet) or documents (internlm)."""
 
     file: InputFile
     start: int = 0
     stop: int | None = None
+    """None: to the end."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _read_jsonl(span: Span, field: str, report: Report) -> Iterator[str]:
         except (ValueError, RecursionError) as error:
             report(BadRecord(NOT_JSON, span.file, _line(span, number), f"not one JSON value ({error})"))
             continue
-        yield from _text_of(record, field, span, lambda number=number: _line(span, number), report)
+        yield from _text_of(record, field, span, partial(_line, span, number), report)
 
 
 def _read_json(span: Span, field: str, report: Report) -> Iterator[str]:
@@ -185,7 +188,7 @@ def _read_json(span: Span, field: str, report: Report) -> Iterator[str]:
     for number, record in enumerate(records if isinstance(records, list) else [records], 1):
         if isinstance(record, str):
             record = {field: record}
-        yield from _text_of(record, field, span, lambda number=number: f", item {number}", report)
+        yield from _text_of(record, field, span, partial(_nth, "item", number), report)
 
 
 def _read_parquet(span: Span, field: str, report: Report) -> Iterator[str]:
@@ -206,7 +209,7 @@ def _read_parquet(span: Span, field: str, report: Report) -> Iterator[str]:
                 for value in _values(batch.column(0)):
                     row += 1
                     record = {field: value}
-                    yield from _text_of(record, field, span, lambda row=row: f", row {row}", report)
+                    yield from _text_of(record, field, span, partial(_nth, "row", row), report)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -249,7 +252,7 @@ def _text_of(record: Any, field: str, span: Span, where: Callable[[], str], repo
     elif _has_surrogate(record[field]):
         problem = (
             NOT_UTF8,
-            f"field {field!r} holds half of a \\ud83d\\ude00-like pair, which isn't Unicode text",
+            f"field {field!r} holds half of a surrogate pair, which isn't text",
         )
     else:
         yield record[field]
@@ -278,8 +281,8 @@ def _not_utf8(error: UnicodeDecodeError, unit: str) -> str:
 
 
 def _too_long(text: str) -> str:
-    start = " ".join(text[:60].split())
-    return f"one document of {len(text.encode()):,} bytes, beginning {start!r}; the limit is {MAX_DOCUMENT_BYTES:,}"
+    start, size = " ".join(text[:60].split()), len(text.encode())
+    return f"one document of {size:,} bytes, beginning {start!r}; the limit is {MAX_DOCUMENT_BYTES:,}"
 
 
 def _line(span: Span, number: int) -> str:
@@ -289,6 +292,10 @@ def _line(span: Span, number: int) -> str:
         head = Span(span.file, 0, span.start)
         before = sum(chunk.count(b"\n") for chunk in _chunks(head))
     return f":{before + number}"
+
+
+def _nth(unit: str, number: int) -> str:
+    return f", {unit} {number}"
 
 
 def _whole(span: Span) -> bytes:

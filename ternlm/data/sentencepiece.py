@@ -52,7 +52,7 @@ def parse_model(content: bytes, name: str) -> SentencePieceModel:
                 _read_normalizer(model, value)
     except (IndexError, struct.error, UnicodeDecodeError, ValueError, TypeError) as error:
         raise DataError(
-            f"{name}: not a sentencepiece model ({error}); give a sentencepiece .model file or a tokenizer.json"
+            f"{name}: not a sentencepiece model ({error}); give a .model file of its, or a tokenizer.json"
         ) from error
     if not model.pieces:
         raise DataError(f"{name}: a sentencepiece model without pieces; is the file whole?")
@@ -185,13 +185,13 @@ def _refuse_unsupported(model: SentencePieceModel, name: str) -> None:
     for problem, there in problems.items():
         if there:
             raise DataError(
-                f"{name}: {problem}, so its ids can't be reproduced exactly; TernLM reads sentencepiece BPE models "
-                "with an identity normaliser. If the model comes with a tokenizer.json, use that"
+                f"{name}: {problem}, so its ids can't be reproduced exactly; TernLM reads sentencepiece BPE "
+                "models with an identity normaliser. If the model comes with a tokenizer.json, use that"
             )
 
 
 def _token(model: SentencePieceModel, index: int) -> str:
-    """Name a piece in the new vocabulary. NUL goes by its byte, so its piece gets a name no text can reach."""
+    """Name a piece in the new vocabulary; NUL goes by its byte, so its piece is put out of reach of text."""
     piece = model.pieces[index]
     return f"<unused {index}>" if piece == "\0" and model.byte_fallback else piece
 
@@ -199,8 +199,8 @@ def _token(model: SentencePieceModel, index: int) -> str:
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """List every way to join two pieces into one, the best score first.
 
-    sentencepiece looks the joined text up and, at equal scores, joins the leftmost first; a list of merges has
-    an order instead. So among equal scores a pair comes before the pairs that would compete with it on its right.
+    sentencepiece looks the joined text up and, at equal scores, joins the leftmost first; a list of merges
+    has an order instead. So among equal scores a pair comes before those that would compete on its right.
     """
     scores = {
         piece: score

@@ -1,6 +1,6 @@
 """Text to ids and back: one Tokenizer over tokenizers JSON files and sentencepiece models, and BPE training.
 
-`prepare` encodes with it, checkpoints carry a copy, generation decodes with it. Chat templates aren't its matter.
+`prepare` encodes with it, checkpoints carry a copy, generation decodes with it. It knows no chat templates.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from ternlm.data.sentencepiece import SPACE, build_bpe, parse_model
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
-# Words with the sign before them, digits in threes, runs of signs, line ends with the blanks before them, blanks.
+# Words with the sign before them, digits by threes, runs of signs, line ends and the blanks before them, blanks.
 _WORDS = (
     r"'(?i:s|t|re|ve|m|ll|d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,8 +31,9 @@ _WORDS = (
 class Tokenizer:
     """Text to ids and back.
 
-    Special tokens (<s>, </s>, ...) typed in a text are plain text: only bos_id, eos_id and id_of() give their ids.
-    A sentencepiece model's user-defined pieces, such as InternLM's <eoh>, are found in text, as sentencepiece does.
+    Special tokens (<s>, </s>, ...) typed in a text are plain text: only bos_id, eos_id and id_of() give their
+    ids. A sentencepiece model's user-defined pieces, such as InternLM's <eoh>, are found in text, as
+    sentencepiece does.
     """
 
     def __init__(self, text: str, config: dict[str, Any] | None = None, model: bytes | None = None) -> None:
@@ -94,8 +95,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Count the UTF-8 bytes that each id stands for (int32, vocabulary); 0 for special tokens.
 
-        Over the ids of a text they add up to the text's bytes, unless the tokenizer changes text: sentencepiece
-        takes a literal U+2581 for a space, and some models add a space in front or normalise Unicode.
+        Over the ids of a text they add up to the text's bytes, unless the tokenizer changes text:
+        sentencepiece takes a literal U+2581 for a space, and some models add a space or normalise Unicode.
         """
         spelling = _spelling(json.loads(self._text))
         added = self._backend.get_added_tokens_decoder()
@@ -131,7 +132,7 @@ class Tokenizer:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, where there was one, tokenizer.model into `folder`."""
+        """Write tokenizer.json, tokenizer_config.json and, if made from one, tokenizer.model into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         defaults = {
@@ -147,7 +148,7 @@ class Tokenizer:
         write_atomically(folder / TOKENIZER_FILE, self._text.encode())
 
     def _named(self, role: str, known: tuple[str, ...]) -> int | None:
-        """Find the id of bos or eos: as tokenizer_config.json says, else the first special of a known name."""
+        """Find the id of bos or eos: tokenizer_config.json's, else the first special of a known name."""
         if role in self._config:
             token = self._config[role]
             token = token.get("content") if isinstance(token, dict) else token
@@ -160,7 +161,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer.json, a sentencepiece .model, or a folder that holds one (the .json first)."""
     path = Path(path)
     if not path.exists():
-        raise DataError(f"no tokenizer at {path}; give a tokenizer.json, a sentencepiece .model or their folder")
+        raise DataError(f"no tokenizer at {path}; give a tokenizer.json, a sentencepiece .model or a folder")
     file = _tokenizer_in(path) if path.is_dir() else path
     config = _read_config(file.parent / CONFIG_FILE)
     if file.suffix == ".model":
@@ -233,9 +234,7 @@ def _tokenizer_in(folder: Path) -> Path:
     found = sorted(folder.glob("*.model"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise DataError(
-            f"{folder} holds no tokenizer.json and not exactly one .model file ({names}); name the tokenizer's file"
-        )
+        raise DataError(f"{folder} holds no tokenizer.json and not just one .model file ({names}); name the file")
     return found[0]
 
 
@@ -262,6 +261,6 @@ def _spelling(content: dict[str, Any]) -> Literal["bytes", "spaces", "plain"]:
     if steps <= {None, "Fuse"}:
         return "plain"
     raise DataError(
-        f"can't tell how many bytes a token stands for: the tokenizer's decoder is {', '.join(map(str, sorted(steps)))}; "
+        f"can't tell how many bytes a token stands for with the decoder {'+'.join(map(str, steps))}; "
         "byte-level and sentencepiece-like tokenizers are supported"
     )

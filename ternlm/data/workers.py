@@ -65,8 +65,8 @@ def _distribute(links: dict[Connection, Any], tasks: list[int]) -> Iterator[tupl
             except (EOFError, ConnectionError) as ended:
                 links[link].join(1)
                 raise DataError(
-                    f"a worker ended by itself (exit code {links[link].exitcode}; -9 is often a lack of memory: use "
-                    "fewer workers). A script that calls this must do so under if __name__ == '__main__':"
+                    f"a worker ended by itself (exit code {links[link].exitcode}; -9 is often a lack of "
+                    "memory: use fewer workers). A script must call this under if __name__ == '__main__':"
                 ) from ended
             if error is not None:
                 failed[task] = error
@@ -98,12 +98,11 @@ def _serve(link: Connection, make_work: Callable[[], Callable[[int], Any]]) -> N
             except EOFError:
                 return
             try:
-                answer = work(task), None
+                link.send((work(task), None))
             except Exception as error:
                 if not isinstance(error, DataError):
                     error.add_note(traceback.format_exc())
-                answer = None, error
-            link.send(answer)
+                link.send((None, error))
 
 
 def _die_with_parent() -> None:

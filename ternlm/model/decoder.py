@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternlm.config.model import ModelConfig
+from ternlm.model.rope import rope_tables, rotate
 from ternlm.ops.attention import Attend
-from ternlm.ops.rope import rope_tables, rotate
 
 R = TypeVar("R")
 

@@ -4,10 +4,9 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-import torch
-
 from ternlm.config import Config, render
 from ternlm.config.section import ConfigError
+from ternlm.data.atomic import write_atomically
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.model.decoder import CausalLM
 from ternlm.monitor.peak import device_peak
@@ -33,12 +32,13 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
     run = set_up(config, resume)
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.toml").write_text(render(config), encoding="utf-8")
+    write_atomically(run.folder / "config.toml", render(config).encode())
     if run.progress.step >= config.train.steps:
         logger.info("%s is complete: %d of %d steps", run.folder, run.progress.step, config.train.steps)
         run.loader.close()
         return run
-    sinks = open_sinks(config.monitor, run.folder, config.train.steps, run.progress.step)
+    budget = config.train.max_minutes * 60 if config.train.max_minutes else None
+    sinks = open_sinks(config.monitor, run.folder, config.train.steps, run.progress.step, budget)
     with closing(Reporter(run, sinks, _peak_tflops(run))) as reporter, closing(run.loader):
         train_loop(run, run.loader, reporter, _extras(run, reporter, continue_texts))
     return run
@@ -73,7 +73,7 @@ def sample_texts(run: Run, continue_texts: Continue) -> list[str]:
     if run.tokenizer is None:
         raise ConfigError("sample needs a tokenizer; set data.tokenizer")
     sample = run.config.sample
-    with torch.compiler.set_stance("force_eager"), run.autocast():
+    with run.autocast():
         return continue_texts(run.model, run.tokenizer, sample.prompts, sample.max_new_tokens, sample.temperature)
 
 

@@ -3,6 +3,7 @@ import itertools
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def same(left: list[list[Batch]], right: list[list[Batch]]) -> bool:
     return [joined(step) if step else [] for step in left] == [joined(step) if step else [] for step in right]
 
 
+def before_each_read(monkeypatch, act: Callable[[int], None]) -> None:
+    """Let the threads call `act(first sequence)` before they read a microbatch."""
+    read = SequenceReader.read
+
+    def act_and_read(self, first, count):
+        act(first)
+        return read(self, first, count)
+
+    monkeypatch.setattr(SequenceReader, "read", act_and_read)
+
+
 def data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("ternlm-data")]
 
@@ -101,13 +113,7 @@ def test_batches_do_not_depend_on_workers_or_prefetch(corpora, workers, prefetch
 
 def test_a_slow_thread_does_not_change_the_order(corpora, monkeypatch):
     expected = steps(Loader(settings(corpora), BATCH, 7, VOCAB), 4)
-    read = SequenceReader.read
-
-    def read_late(self, first, count):
-        time.sleep(0.02 if first % 4 == 0 else 0)
-        return read(self, first, count)
-
-    monkeypatch.setattr(SequenceReader, "read", read_late)
+    before_each_read(monkeypatch, lambda first: time.sleep(0.02 if first % 4 == 0 else 0))
     data = settings(corpora, workers=4, prefetch=8)
     assert same(steps(Loader(data, BATCH, 7, VOCAB), 4), expected)
 
@@ -198,23 +204,20 @@ def test_seeds_give_other_batches(corpora):
 
 
 def test_an_error_in_a_thread_reaches_the_step_with_its_traceback_and_can_be_retried(corpora, monkeypatch):
-    read = SequenceReader.read
-
-    def read_badly(self, first, count):
+    def fail(first):
         if first == 10:
             raise OSError("the disk is gone")
-        return read(self, first, count)
 
     expected = steps(Loader(settings(corpora), BATCH, 7, VOCAB), 2)
-    monkeypatch.setattr(SequenceReader, "read", read_badly)
-    loader = Loader(settings(corpora, workers=2), BATCH, 7, VOCAB)
-    got = [next(loader)]
-    with pytest.raises(OSError, match="the disk is gone") as caught:
-        next(loader)
-    assert "read_badly" in "".join(traceback.format_tb(caught.value.__traceback__))
+    with monkeypatch.context() as patch:
+        before_each_read(patch, fail)
+        loader = Loader(settings(corpora, workers=2), BATCH, 7, VOCAB)
+        got = [next(loader)]
+        with pytest.raises(OSError, match="the disk is gone") as caught:
+            next(loader)
+    assert "in fail" in "".join(traceback.format_tb(caught.value.__traceback__))
     assert loader.state_dict() == {"step": 1, "sequence": 8}
     assert not data_threads()
-    monkeypatch.setattr(SequenceReader, "read", read)
     assert same([*got, *steps(loader, 1)], expected)
 
 
@@ -239,13 +242,7 @@ def test_no_thread_outlives_a_loader_that_is_garbage_collected(corpora):
 
 
 def test_the_wait_is_the_time_a_step_spent_without_its_data(corpora, monkeypatch):
-    read = SequenceReader.read
-
-    def read_slowly(self, first, count):
-        time.sleep(0.05)
-        return read(self, first, count)
-
-    monkeypatch.setattr(SequenceReader, "read", read_slowly)
+    before_each_read(monkeypatch, lambda first: time.sleep(0.05))
     with Loader(settings(corpora), BATCH, 7, VOCAB) as loader:
         next(loader)
         assert loader.wait_seconds >= 0.2
@@ -255,14 +252,8 @@ def test_the_wait_is_the_time_a_step_spent_without_its_data(corpora, monkeypatch
 
 
 def test_while_a_step_trains_the_whole_next_one_is_read(corpora, monkeypatch):
-    read_firsts = []
-    read = SequenceReader.read
-
-    def note(self, first, count):
-        read_firsts.append(first)
-        return read(self, first, count)
-
-    monkeypatch.setattr(SequenceReader, "read", note)
+    read_firsts: list[int] = []
+    before_each_read(monkeypatch, read_firsts.append)
     with Loader(settings(corpora, prefetch=1), BATCH, 7, VOCAB) as loader:
         next(loader)
         deadline = time.monotonic() + 10
@@ -272,13 +263,8 @@ def test_while_a_step_trains_the_whole_next_one_is_read(corpora, monkeypatch):
 
 
 def test_skipped_steps_are_not_read(corpora, monkeypatch):
-    read_firsts = []
-    read = SequenceReader.read
-    monkeypatch.setattr(
-        SequenceReader,
-        "read",
-        lambda self, first, count: (read_firsts.append(first), read(self, first, count))[1],
-    )
+    read_firsts: list[int] = []
+    before_each_read(monkeypatch, read_firsts.append)
     with Loader(settings(corpora, skip_steps="1-900"), BATCH, 7, VOCAB) as loader:
         assert [len(next(loader)) for _ in range(900)] == [4] + [0] * 899
     assert max(read_firsts) < 8

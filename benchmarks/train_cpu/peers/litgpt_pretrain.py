@@ -6,6 +6,7 @@ timed. A step's end is seen from outside, when the loop asks for the next batch.
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        params: object,
+        params: Any,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -52,7 +53,7 @@ class Windows(DataModule):
         super().__init__()
         tokens = np.load(job.tokens)
         starts = range(0, len(tokens) - job.seq_len, job.seq_len)
-        self.rows = [torch.from_numpy(tokens[i : i + job.seq_len + 1].astype(np.int64)) for i in starts]
+        self.rows: Any = [torch.from_numpy(tokens[i : i + job.seq_len + 1].astype(np.int64)) for i in starts]
         self.batch = job.batch
         self.steps = steps
 

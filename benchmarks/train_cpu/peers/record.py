@@ -10,10 +10,10 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 PREFIX = "RESULT "
-_STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,14 @@ class Steps:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.ends: list[float] = []
+        self.first_step_end_seconds = 0.0
         self.peak_rss_bytes = 0
 
     def mark(self) -> None:
         """Note that a step has ended; marks after the last timed step are ignored."""
         if len(self.ends) < self.job.total_steps:
+            if not self.ends:
+                self.first_step_end_seconds = _process_age_seconds()
             self.ends.append(time.perf_counter())
             self.peak_rss_bytes = _peak_rss_bytes()
 
@@ -110,14 +113,14 @@ class Steps:
         if not all(math.isfinite(loss) for loss in losses):
             raise RuntimeError(f"{job.config}: a loss is not finite: {losses}")
         timed = self.ends[job.warmup - 1 :]
-        seconds = [end - start for start, end in zip(timed, timed[1:], strict=False)]
+        seconds = [end - start for start, end in pairwise(timed)]
         rates = sorted(n / s for n, s in zip(tokens[job.warmup :], seconds, strict=True))
         result = {
             "name": job.config,
             "tokens_per_s": _median(rates),
             "step_seconds": seconds,
             "step_tokens": tokens[job.warmup :],
-            "first_step_end_seconds": self.ends[0] - _STARTED,
+            "first_step_end_seconds": self.first_step_end_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,
             "losses": losses,
             "num_params": num_params,
@@ -132,9 +135,14 @@ def _median(ordered: list[float]) -> float:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
+def _process_age_seconds() -> float:
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _peak_rss_bytes() -> int:
     # Not getrusage: its high-water mark survives exec, so that it may be the parent's.
-    for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/status has no VmHWM; peak memory can't be read on this system")

@@ -1,5 +1,8 @@
 """TRL's SFTTrainer on packed short documents (variants: plain = its default `bfd`, compile, wrapped)."""
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -20,9 +23,7 @@ def documents(job: Job) -> Dataset:
 def stub_tokenizer() -> PreTrainedTokenizerFast:
     """Return the least that SFTTrainer asks of a tokenizer; the documents are tokenized already."""
     words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def describe_boundaries(trainer: SFTTrainer) -> str:
@@ -42,17 +43,15 @@ def main() -> None:
     job = load_job()
     steps = Steps(job)
     model = build_llama(job)
-    packing = {"packing": True, "max_length": job.seq_len}
+    packing: dict[str, Any] = {"packing": True, "max_length": job.seq_len}
     if job.variant == "wrapped":
         packing["packing_strategy"] = "wrapped"
     arguments = SFTConfig(**training_arguments(job, compiled=job.variant == "compile"), **packing)
-    trainer = SFTTrainer(
-        model=model, args=arguments, train_dataset=documents(job), processing_class=stub_tokenizer()
-    )
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=documents(job), processing_class=stub_tokenizer())
     losses = train(trainer, steps)
     seen = [0] + [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     steps.report(
-        tokens=[int(after - before) for before, after in zip(seen, seen[1:], strict=False)][: len(losses)],
+        tokens=[int(after - before) for before, after in pairwise(seen)],
         losses=losses,
         num_params=sum(p.numel() for p in model.parameters()),
         boundaries=describe_boundaries(trainer),

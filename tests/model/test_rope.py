@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ternlm.config.model import ModelConfig
-from ternlm.ops.rope import rope_tables, rotate
+from ternlm.model.rope import rope_tables, rotate
 
 
 @pytest.mark.parametrize(

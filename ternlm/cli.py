@@ -3,9 +3,10 @@
 Packages are imported inside the verbs, so that `tern --help` answers at once.
 """
 
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,11 +23,25 @@ app.add_typer(data, name="data")
 app.add_typer(config, name="config")
 
 Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of one in the folder recipes.")]
+Inputs = Annotated[list[Path], typer.Argument(help="Files, and folders of files: txt, json, jsonl, parquet.")]
+Format = Annotated[
+    Literal["auto", "text", "json", "jsonl", "parquet", "internlm"],
+    typer.Option(help="What the files are; auto: by their names' endings."),
+]
+Include = Annotated[str, typer.Option(help="Pattern of the files to take from folders, such as '*.txt'.")]
+Field = Annotated[str, typer.Option(help="Field of a record, or column, that holds the text.")]
+TextDocument = Annotated[
+    Literal["file", "line", "paragraph"], typer.Option(help="What is one document in a text file.")
+]
+OnError = Annotated[
+    Literal["fail", "skip"], typer.Option(help="A record that can't be used ends the work, or is left out and counted.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, as section.field=value.")]
 
 
 def main() -> None:
     """Run the command line; what the user can put right is printed without a traceback, with exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         app()
     except ValueError as error:
@@ -75,9 +90,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str,
-        typer.Option(
-            help="auto: from the run's newest complete checkpoint, if any; never; or a checkpoint's path."
-        ),
+        typer.Option(help="auto: from the run's newest complete checkpoint, if any; never; or a checkpoint's path."),
     ] = "auto",
 ) -> None:
     """Pretrain a model as RECIPE says."""
@@ -103,8 +116,115 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.")] = "auto",
 ) -> None:
     """Continue prompts with a trained model."""
+    from ternlm.checkpoint.folders import find_checkpoint
     from ternlm.checkpoint.load import load_weights, read_model_config
     from ternlm.data.tokenizer import load_tokenizer
+    from ternlm.infer.generate import generate
+    from ternlm.infer.sampling import SamplingParams
+    from ternlm.infer.text import encode_prompt
+    from ternlm.model.decoder import build_model
+    from ternlm.train.precision import choose_device
+
+    tokenizer = load_tokenizer(find_checkpoint(checkpoint))
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
+    )
+    model = build_model(read_model_config(checkpoint))
+    load_weights(model, checkpoint)
+    model.to(choose_device(device))
+    texts = generate(model, [encode_prompt(tokenizer, text) for text in prompt], params)
+    for text, ids in zip(prompt, texts, strict=True):
+        typer.echo(text + tokenizer.decode(ids))
+
+
+@data.command("tokenizer")
+def train_tokenizer(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="Folder to save the tokenizer in.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens.")] = 32_000,
+    format: Format = "auto",
+    include: Include = "*",
+    field: Field = "text",
+    text_document: TextDocument = "file",
+    on_error: OnError = "fail",
+    sample_mb: Annotated[int, typer.Option(help="Text to learn from, evenly spread over all, in MB.", min=1)] = 256,
+) -> None:
+    """Train a byte-level BPE tokenizer on raw text."""
+    from ternlm.data.train_tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(
+        inputs,
+        vocab_size,
+        out,
+        format=format,
+        include=include,
+        field=field,
+        text_document=text_document,
+        on_error=on_error,
+        sample_bytes=sample_mb * 10**6,
+    )
+    typer.echo(f"{out}: a tokenizer of {tokenizer.vocab_size:,} tokens")
+
+
+@data.command("prepare")
+def prepare_data(
+    inputs: Inputs,
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, a sentencepiece .model, or a folder with one.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token shards; called again, it goes on where it was.")],
+    workers: Annotated[int | None, typer.Option(help="Processes.", show_default="as many as cores")] = None,
+    part: Annotated[str | None, typer.Option(help="i/n: do the i-th of n parts, one on each machine.")] = None,
+    on_error: OnError = "fail",
+    format: Format = "auto",
+    include: Include = "*",
+    field: Field = "text",
+    text_document: TextDocument = "file",
+    unit_bytes: Annotated[
+        int | None, typer.Option(help="Input of one shard, in bytes.", show_default="by the size of it all")
+    ] = None,
+    bos: Annotated[bool, typer.Option(help="Begin each document with the tokenizer's bos, if it has one.")] = True,
+    eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's eos.")] = True,
+) -> None:
+    """Turn raw text into token shards."""
+    from rich.console import Console
+
+    from ternlm.data.prepare import prepare
+
+    prepare(
+        inputs,
+        tokenizer,
+        out,
+        workers=workers,
+        part=part,
+        on_error=on_error,
+        field=field,
+        format=format,
+        include=include,
+        text_document=text_document,
+        unit_bytes=unit_bytes,
+        bos=bos,
+        eos=eos,
+        console=Console(),
+    )
+
+
+@data.command("inspect")
+def inspect_data(
+    path: Annotated[Path, typer.Argument(help="A prepared folder, or InternLM .bin files.")],
+    documents: Annotated[int, typer.Option(help="How many to show, evenly spread.")] = 3,
+    chars: Annotated[int, typer.Option(help="Characters of each to show, at most.")] = 600,
+    tokenizer: Annotated[Path | None, typer.Option(help="To decode .bin files; prepared folders have theirs.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything; check checksums and ids.")] = False,
+) -> None:
+    """Show counts, shards and decoded documents."""
+    from ternlm.data.inspect import inspect
+
+    inspect(path, documents=documents, chars=chars, tokenizer=tokenizer, verify=verify)
 
 
 @config.command("show")

@@ -51,14 +51,26 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.error: BaseException | None = None
+        self.vocab_size = 0  # of the tokenizer that a call returns
         fake = ModuleType(module)
         setattr(fake, function, self)
         monkeypatch.setitem(sys.modules, module, fake)
 
-    def __call__(self, *args: Any, **options: Any) -> None:
+    def __call__(self, *args: Any, **options: Any) -> "Spy":
         self.calls.append((args, options))
         if self.error:
             raise self.error
+        return self
+
+
+@pytest.fixture
+def continue_texts(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch, "ternlm.infer.text", "continue_texts")
+
+
+@pytest.fixture
+def pretrain(monkeypatch: pytest.MonkeyPatch, continue_texts: Spy) -> Spy:
+    return Spy(monkeypatch, "ternlm.train.pretrain", "pretrain")
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -72,7 +84,7 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
-    for verb in ("quickstart", "train", "data", "config"):
+    for verb in ("quickstart", "train", "generate", "data", "config"):
         assert verb in done.stdout
 
 
@@ -82,58 +94,111 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stdout == f"ternlm {__version__}\n"
 
 
-def test_train_hands_over_the_checked_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain = Spy(monkeypatch, "ternlm.train.pretrain", "pretrain")
+def test_train_hands_over_the_checked_config(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pretrain: Spy, continue_texts: Spy
+) -> None:
     assert tern(monkeypatch, "train", "small", "train.steps=3", "optimizer.lr=1e-3", "--resume", "never") == 0
     expected = load_config("small", ["train.steps=3", "optimizer.lr=1e-3"])
-    assert pretrain.calls == [((expected, "never"), {})]
+    assert pretrain.calls == [((expected, "never", continue_texts), {})]
     assert tern(monkeypatch, "train", "small") == 0
-    assert pretrain.calls[1] == ((load_config("small"), "auto"), {})
+    assert pretrain.calls[1] == ((load_config("small"), "auto", continue_texts), {})
 
 
 def test_a_wrong_setting_stops_before_training(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pretrain: Spy
 ) -> None:
-    pretrain = Spy(monkeypatch, "ternlm.train.pretrain", "pretrain")
     assert tern(monkeypatch, "train", "small", "train.step=3") == 2
     told = capsys.readouterr().err
-    assert told.startswith(
-        "error: recipes/small.toml: a setting is wrong\n  train.step = 3 is not a setting; "
-    )
+    assert told.startswith("error: recipes/small.toml: a setting is wrong\n  train.step = 3 is not a setting; ")
     assert pretrain.calls == []
 
 
 def test_what_the_user_can_put_right_has_no_traceback(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pretrain: Spy
 ) -> None:
-    pretrain = Spy(monkeypatch, "ternlm.train.pretrain", "pretrain")
     pretrain.error = UserError("data/en is not a folder")
     assert tern(monkeypatch, "train", "small") == 2
     assert capsys.readouterr().err == "error: data/en is not a folder\n"
 
 
-def test_a_defect_of_ours_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain = Spy(monkeypatch, "ternlm.train.pretrain", "pretrain")
+def test_a_defect_of_ours_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch, pretrain: Spy) -> None:
     pretrain.error = ValueError("not the user's fault")
     monkeypatch.setattr(sys, "argv", ["tern", "train", "small"])
     with pytest.raises(ValueError, match="not the user's fault"):
         main()
 
 
-def test_an_interrupt_exits_with_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain = Spy(monkeypatch, "ternlm.train.pretrain", "pretrain")
+def test_an_interrupt_exits_with_130(folder: Path, monkeypatch: pytest.MonkeyPatch, pretrain: Spy) -> None:
     pretrain.error = KeyboardInterrupt()
     assert tern(monkeypatch, "train", "small") == 130
 
 
-def test_quickstart_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_passes_its_options(monkeypatch: pytest.MonkeyPatch, continue_texts: Spy) -> None:
     quickstart = Spy(monkeypatch, "ternlm.train.quickstart", "quickstart")
     assert tern(monkeypatch, "quickstart") == 0
     assert tern(monkeypatch, "quickstart", "--minutes", "0.5", "--out", "x", "--threads", "1") == 0
     assert quickstart.calls == [
-        ((), {"out": Path("runs/quickstart"), "minutes": 4.0, "threads": 0}),
-        ((), {"out": Path("x"), "minutes": 0.5, "threads": 1}),
+        ((Path("runs/quickstart"), 4.0, 0, continue_texts), {}),
+        ((Path("x"), 0.5, 1, continue_texts), {}),
     ]
+
+
+def test_data_tokenizer_passes_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    train = Spy(monkeypatch, "ternlm.data.train_tokenizer", "train_tokenizer")
+    train.vocab_size = 1000
+    options = "--vocab-size 1000 --format text --include *.py --on-error skip --text-document line --sample-mb 2"
+    assert tern(monkeypatch, "data", "tokenizer", "a", "b", "--out", "t", *options.split()) == 0
+    positional = ([Path("a"), Path("b")], 1000, Path("t"))
+    named = {"format": "text", "include": "*.py", "field": "text", "text_document": "line", "on_error": "skip"}
+    assert train.calls == [(positional, named | {"sample_bytes": 2_000_000})]
+    assert capsys.readouterr().out == "t: a tokenizer of 1,000 tokens\n"
+
+
+def test_data_prepare_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = Spy(monkeypatch, "ternlm.data.prepare", "prepare")
+    needed = ["data", "prepare", "a", "--tokenizer", "t", "--out", "o"]
+    options = "--workers 3 --part 2/4 --on-error skip --format jsonl --field body --unit-bytes 99 --no-bos --no-eos"
+    assert tern(monkeypatch, *needed) == 0
+    assert tern(monkeypatch, *needed, *options.split()) == 0
+    (first, defaults), (second, given) = prepare.calls
+    assert first == second == ([Path("a")], Path("t"), Path("o"))
+    assert {name: defaults[name] for name in ("workers", "part", "unit_bytes", "bos", "eos")} == {
+        "workers": None, "part": None, "unit_bytes": None, "bos": True, "eos": True,
+    }  # fmt: skip
+    assert defaults["console"] is not None
+    changed = {name: value for name, value in given.items() if name != "console" and value != defaults[name]}
+    assert changed == {
+        "workers": 3, "part": "2/4", "on_error": "skip", "format": "jsonl", "field": "body", "unit_bytes": 99,
+        "bos": False, "eos": False,
+    }  # fmt: skip
+
+
+def test_data_inspect_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    inspect = Spy(monkeypatch, "ternlm.data.inspect", "inspect")
+    assert tern(monkeypatch, "data", "inspect", "d", "--documents", "1", "--chars", "9", "--tokenizer", "t") == 0
+    assert tern(monkeypatch, "data", "inspect", "d", "--verify") == 0
+    assert inspect.calls == [
+        ((Path("d"),), {"documents": 1, "chars": 9, "tokenizer": Path("t"), "verify": False}),
+        ((Path("d"),), {"documents": 3, "chars": 600, "tokenizer": None, "verify": True}),
+    ]
+
+
+def test_an_unknown_choice_is_refused_with_the_known_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tern(monkeypatch, "data", "inspect") == 2
+    words = "data prepare a --tokenizer t --out o --on-error ignore"
+    assert tern(monkeypatch, *words.split()) == 2
+    told = capsys.readouterr().err
+    assert "'fail'" in told
+    assert "'skip'" in told
+
+
+def test_generate_names_a_checkpoint_that_is_not_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tern(monkeypatch, "generate", "nowhere", "--prompt", "x") == 2
+    assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
 
 
 def test_config_show_prints_a_recipe(

@@ -77,9 +77,7 @@ def package_of(file: Path) -> str:
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-PYTHON = [
-    f for top in ("ternlm", "tests", "examples", "benchmarks") for f in sorted((ROOT / top).rglob("*.py"))
-]
+PYTHON = [f for top in ("ternlm", "tests", "examples", "benchmarks") for f in sorted((ROOT / top).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
@@ -140,9 +138,7 @@ def test_no_file_is_too_long(file: Path) -> None:
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
-    assert [
-        f for f in SOURCES if VAGUE_NAMES & {part.removesuffix(".py") for part in f.relative_to(ROOT).parts}
-    ] == []
+    assert [f for f in SOURCES if VAGUE_NAMES & {part.removesuffix(".py") for part in f.relative_to(ROOT).parts}] == []
 
 
 @pytest.mark.parametrize("module", ["ternlm", "ternlm.config", "ternlm.planner", "ternlm.cli"])

@@ -12,7 +12,7 @@ FIRST_ID = 3  # ids below are left to padding, begin and end of a document
 
 
 def write_documents(workload: Workload, num_rows: int, folder: Path) -> list[int]:
-    """Write tokens.npy (uint32 ids) and ends.npy (int64 end offsets), at least `num_rows` rows; return the lengths.
+    """Write tokens.npy (uint32 ids) and ends.npy (int64 end offsets), about `num_rows` rows; return the lengths.
 
     Each document fills a row exactly, or has a log-normal length with the workload's mean, at most a row.
     """
@@ -31,9 +31,10 @@ def write_documents(workload: Workload, num_rows: int, folder: Path) -> list[int
 
 
 def _short_lengths(rng: np.random.Generator, mean: int, longest: int, total: int) -> np.ndarray:
-    """Draw log-normal lengths (sigma 0.8, so most are shorter than the mean), cut to [8, longest]."""
-    sigma = 0.8
-    count = 2 * total // mean + 64
-    drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, size=count)
-    lengths = drawn.round().astype(np.int64).clip(min(8, longest), longest)
-    return lengths[: int(np.searchsorted(lengths.cumsum(), total)) + 1]
+    """Draw log-normal lengths (sigma 0.8: most are shorter than the mean), at most `longest`; `total` tokens or so."""
+    drawn = rng.lognormal(sigma=0.8, size=total // mean)
+    scale = mean / drawn.mean()
+    for _ in range(20):  # cutting the longest lowers the mean: scale the rest up until it's right
+        lengths = (scale * drawn).round().clip(min(8, longest), longest)
+        scale *= mean / lengths.mean()
+    return lengths.astype(np.int64)

@@ -47,7 +47,10 @@ def main() -> int:
 def measure(workload: Workload, pythons: dict[str, Path], folder: Path, args: argparse.Namespace) -> dict:
     """Run all rounds of one workload; its result is on disk after every process."""
     # Two batches beyond the steps' own: litgpt asks for one more, and reads a token past each row.
-    lengths = write_documents(workload, (args.warmup + args.steps + 2) * workload.batch, folder)
+    num_rows = (args.warmup + args.steps + 2) * workload.batch
+    if workload.mean_document is not None:
+        num_rows = max(num_rows, 128)  # few documents would have another mean
+    lengths = write_documents(workload, num_rows, folder)
     result = describe(workload, lengths, args)
     for index in range(args.rounds):
         entry: dict = {}
@@ -94,10 +97,14 @@ def chosen_workload(name: str, args: argparse.Namespace) -> Workload:
         changes["mean_document"] = args.mean_document
     configs = workload.configs
     if args.peers:
-        configs = tuple(args.peers.split(","))
-        unknown = [config for config in configs if config not in CONFIGURATIONS]
+        asked = args.peers.split(",")
+        unknown = [config for config in asked if config not in CONFIGURATIONS]
         if unknown:
             sys.exit(f"--peers: {unknown[0]!r} is not known; choose from {', '.join(CONFIGURATIONS)}")
+        configs = tuple(config for config in asked if workload.can_run(config))
+        if not configs:
+            able = ", ".join(config for config in CONFIGURATIONS if workload.can_run(config))
+            sys.exit(f"--peers: none of {args.peers} runs the workload {name}; choose from {able}")
     return replace(resize(workload, **changes), configs=configs)
 
 

@@ -35,20 +35,22 @@ class Configuration:
     script: str
     environment: str | None
     label: str
+    packs: bool | None
+    """Whether it runs the packed workloads (True), the others (False), or both (None)."""
 
 
 CONFIGURATIONS = {
-    SGEMM: Configuration("sgemm.py", None, "torch matmul"),
-    "ternlm": Configuration("ternlm_run.py", None, "TernLM"),
-    "ternlm-eager": Configuration("ternlm_run.py", None, "TernLM, compile off"),
-    "hf": Configuration("hf_trainer.py", "hf", "HF Trainer"),
-    "hf-compile": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile, use_cache"),
-    "hf-compile-mask": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile"),
-    "litgpt": Configuration("litgpt_pretrain.py", "litgpt", "litgpt pretrain (compiles)"),
-    "litgpt-eager": Configuration("litgpt_pretrain.py", "litgpt", "litgpt pretrain, compile disabled"),
-    "trl": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd)"),
-    "trl-compile": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd), torch_compile"),
-    "trl-wrapped": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (wrapped)"),
+    SGEMM: Configuration("sgemm.py", None, "torch matmul", None),
+    "ternlm": Configuration("ternlm_run.py", None, "TernLM", None),
+    "ternlm-eager": Configuration("ternlm_run.py", None, "TernLM, compile off", None),
+    "hf": Configuration("hf_trainer.py", "hf", "HF Trainer", False),
+    "hf-compile": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile, use_cache", False),
+    "hf-compile-mask": Configuration("hf_trainer.py", "hf", "HF Trainer, torch_compile", False),
+    "litgpt": Configuration("litgpt_pretrain.py", "litgpt", "litgpt pretrain (compiles)", False),
+    "litgpt-eager": Configuration("litgpt_pretrain.py", "litgpt", "litgpt pretrain, compile disabled", False),
+    "trl": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd)", True),
+    "trl-compile": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd), torch_compile", True),
+    "trl-wrapped": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (wrapped)", True),
 }
 
 
@@ -78,13 +80,17 @@ class Workload:
     resized: bool = False
     """Whether the command line changed it; the aim holds for the workload as it is only."""
 
+    def can_run(self, config: str) -> bool:
+        """Whether the configuration is made for this kind of data."""
+        packs = CONFIGURATIONS[config].packs
+        return config != SGEMM and packs in (None, self.mean_document is not None)
+
     @property
     def flops_per_token_without_attention(self) -> float:
-        """6 N: N counts every parameter but the input embedding; the head is in it."""
+        """6 N: N counts the weights a token is multiplied with, the blocks' matrices and the head."""
         shape = self.shape
-        d = shape.hidden_size
-        block = 4 * d * d + 4 * d + 3 * d * shape.intermediate_size + 2 * d
-        return 6.0 * (shape.num_layers * block + d + shape.vocab_size * d)
+        block = 4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.intermediate_size
+        return 6.0 * (shape.num_layers * block + shape.vocab_size * shape.hidden_size)
 
     def flops_per_token(self, document_lengths: list[int]) -> float:
         """Forward and backward FLOPs of a token: 6 N + attention, causal half, inside the token's own document."""

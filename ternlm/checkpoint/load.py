@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.save import STATE_FILE
-from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors, put_optimizer_tensors
+from ternlm.checkpoint.tensors import model_tensors, one_process, optimizer_tensors, put_optimizer_tensors
 from ternlm.config.model import ModelConfig
 
 
@@ -75,7 +75,8 @@ def _resolved(config: ModelConfig, name: str) -> Any:
 
 def _load(tensors: dict[str, Any], folder: Path) -> None:
     try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        with one_process():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, ValueError) as reason:
         first = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
         raise CheckpointError(f"{folder}: can't be loaded ({first}); take another checkpoint") from reason

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, sync
-from ternlm.checkpoint.tensors import copy_to_cpu
+from ternlm.checkpoint.tensors import copy_to_cpu, one_process
 from ternlm.config.training import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Saver:
             if folder.exists():
                 remove(folder)
             folder.mkdir(parents=True)
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+            with one_process():
+                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
             self._write_files(folder)
             _write_synced(folder / STATE_FILE, json.dumps(state, indent=1))
             for path in folder.iterdir():

@@ -3,6 +3,9 @@
 DCP stores each tensor by its name and shape, whatever the layout it was saved from, so any layout can load it.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +40,14 @@ def put_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors
     state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
     state.update({name.removeprefix("optimizer."): value for name, value in tensors.items()})
     set_optimizer_state_dict(model, optimizers, state, options=_FLAT)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Keep DCP from warning that there is only one process, which is known."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def copy_to_cpu(tensors: dict[str, Any]) -> dict[str, Any]:

@@ -51,14 +51,12 @@ class BatchConfig(Section):
             sizes |= {"rampup.start": self.rampup.start, "rampup.increment": self.rampup.increment}
             if self.rampup.start > self.global_sequences:
                 raise ValueError(
-                    f"rampup.start = {self.rampup.start} must be at most global_sequences = "
-                    f"{self.global_sequences}"
+                    f"rampup.start = {self.rampup.start} must be at most global_sequences = {self.global_sequences}"
                 )
         for name, size in sizes.items():
             if size % self.microbatch_sequences:
                 raise ValueError(
-                    f"{name} = {size} must be a multiple of microbatch_sequences = "
-                    f"{self.microbatch_sequences}"
+                    f"{name} = {size} must be a multiple of microbatch_sequences = {self.microbatch_sequences}"
                 )
         return self
 
@@ -79,12 +77,8 @@ class DataConfig(Section):
     )
     seq_len: int = setting(2048, "tokens of one sequence", unit="tokens", gt=0)
     sources: tuple[SourceConfig, ...] = setting(..., "what to train on", min_length=1, strict=False)
-    validation: tuple[SourceConfig, ...] = setting(
-        (), "what to validate on, beside validation_fraction", strict=False
-    )
-    validation_fraction: float = setting(
-        0.0, "share of each source's documents held out for validation", ge=0, lt=1
-    )
+    validation: tuple[SourceConfig, ...] = setting((), "what to validate on, beside validation_fraction", strict=False)
+    validation_fraction: float = setting(0.0, "share of each source's documents held out for validation", ge=0, lt=1)
     packing: Literal["documents", "across", "pad"] = setting(
         "documents",
         "documents: full sequences, documents never see each other; across: full sequences, attention "
@@ -107,9 +101,7 @@ class DataConfig(Section):
                 raise ValueError(f"{group}: the name 'total' is that of all sources' metrics together; choose another")
             twice = {name for name in names if names.count(name) > 1}
             if twice:
-                raise ValueError(
-                    f"{group}: the name {sorted(twice)[0]!r} stands twice; names must be distinct"
-                )
+                raise ValueError(f"{group}: the name {sorted(twice)[0]!r} stands twice; names must be distinct")
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             bare = self.sources[weighted.index(False)].name

@@ -41,6 +41,13 @@ def dotted(loc: tuple[int | str, ...]) -> str:
     return ".".join(map(str, loc))
 
 
+def describe(field: FieldInfo) -> str:
+    """Return a setting's help text in one line, with its unit."""
+    extra = field.json_schema_extra
+    unit = f" [{extra['unit']}]" if isinstance(extra, dict) and extra.get("unit") else ""
+    return " ".join((field.description or "").split()) + unit
+
+
 def _line(details: ErrorDetails, root: type[Section]) -> str:
     loc, kind, value = details["loc"], details["type"], details["input"]
     where, (section, field) = dotted(loc), _find(root, loc)
@@ -74,13 +81,6 @@ def _find(root: type[Section], loc: tuple[int | str, ...]) -> tuple[type[Section
 
 def _help(field: FieldInfo | None) -> str:
     return f" ({describe(field)})" if field and field.description else ""
-
-
-def describe(field: FieldInfo) -> str:
-    """Return a setting's help text in one line, with its unit."""
-    extra = field.json_schema_extra
-    unit = f" [{extra['unit']}]" if isinstance(extra, dict) and extra.get("unit") else ""
-    return " ".join((field.description or "").split()) + unit
 
 
 def _suggestion(root: type[Section], section: type[Section], loc: tuple[int | str, ...]) -> str:

@@ -115,9 +115,7 @@ def _put(place: Any, parts: list[str], value: Any) -> Any:
 def _index(items: list[Any], part: str) -> int:
     if part.isdecimal() and int(part) <= len(items):
         return int(part)
-    raise ConfigError(
-        f"there is no {part} in a list of {len(items)}; give a number from 0, or {len(items)} to append"
-    )
+    raise ConfigError(f"there is no {part} in a list of {len(items)}; give a number from 0, or {len(items)} to append")
 
 
 def _value(text: str) -> Any:

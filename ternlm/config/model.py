@@ -33,9 +33,7 @@ class RopeScaling(Section):
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
         if self.kind == "default" and self.factor != 1.0:
-            raise ValueError(
-                f"factor = {self.factor} has no effect with kind = 'default'; choose another kind"
-            )
+            raise ValueError(f"factor = {self.factor} has no effect with kind = 'default'; choose another kind")
         if self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow = {self.beta_slow} must be below beta_fast = {self.beta_fast}")
         return self
@@ -108,18 +106,12 @@ class ModelConfig(Section):
     model_config = ConfigDict(json_schema_extra=_preset_or_shape)
 
     preset: str | None = setting(None, f"start from a known shape: {', '.join(PRESETS)}")
-    vocab_size: int = setting(
-        ..., "rows of the embedding and the head; at least the tokenizer's", unit="tokens", gt=0
-    )
+    vocab_size: int = setting(..., "rows of the embedding and the head; at least the tokenizer's", unit="tokens", gt=0)
     hidden_size: int = setting(..., "width of the residual stream", gt=0)
     num_hidden_layers: int = setting(..., "number of blocks", gt=0)
     num_attention_heads: int = setting(..., "query heads", gt=0)
-    num_key_value_heads: int | None = setting(
-        None, "key/value heads; num_attention_heads (MHA) when not given", gt=0
-    )
-    head_dim: int | None = setting(
-        None, "size of a head; hidden_size / num_attention_heads when not given", gt=0
-    )
+    num_key_value_heads: int | None = setting(None, "key/value heads; num_attention_heads (MHA) when not given", gt=0)
+    head_dim: int | None = setting(None, "size of a head; hidden_size / num_attention_heads when not given", gt=0)
     intermediate_size: int = setting(..., "width of the SwiGLU MLP", gt=0)
     attention_bias: bool = setting(False, "biases on q, k, v and o")
     qk_norm: bool = setting(False, "RMSNorm over each head of q and k before rotation")
@@ -153,8 +145,7 @@ class ModelConfig(Section):
             raise ValueError(f"head_dim = {self.head_size} must be even for rotary positions")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"num_key_value_heads = {self.kv_heads} must divide num_attention_heads = "
-                f"{self.num_attention_heads}"
+                f"num_key_value_heads = {self.kv_heads} must divide num_attention_heads = {self.num_attention_heads}"
             )
         return self
 

@@ -21,9 +21,7 @@ from ternlm.config.training import (
 class LoadConfig(Section):
     """Weights to start from; a resumed run ignores it."""
 
-    checkpoint: str | None = setting(
-        None, "run or checkpoint folder whose weights a new run starts from", alias="from"
-    )
+    checkpoint: str | None = setting(None, "run or checkpoint folder whose weights a new run starts from", alias="from")
 
 
 class Config(Section):

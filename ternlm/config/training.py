@@ -97,9 +97,7 @@ class ComputeConfig(Section):
         "auto", "of the matrix products; auto: bfloat16 where the device is fast at it, else float32"
     )
     threads: int = setting(0, "CPU threads of PyTorch; 0: as many as the process may use", ge=0)
-    compile: Literal["auto", "on", "off"] = setting(
-        "auto", "compile each block; auto: where a compiler is found"
-    )
+    compile: Literal["auto", "on", "off"] = setting("auto", "compile each block; auto: where a compiler is found")
     recompute: float = setting(
         0.0, "share of the blocks, from the first, whose activations are recomputed in backward", ge=0, le=1
     )
@@ -140,9 +138,7 @@ class ValidationConfig(Section):
     """Loss on held-out data during training."""
 
     every_steps: int = setting(0, "steps between validations; 0: never", unit="steps", ge=0)
-    max_sequences: int = setting(
-        256, "sequences of each validation source; 0: all of them", unit="sequences", ge=0
-    )
+    max_sequences: int = setting(256, "sequences of each validation source; 0: all of them", unit="sequences", ge=0)
 
 
 class SampleConfig(Section):

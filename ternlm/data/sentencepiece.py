@@ -178,8 +178,8 @@ def _refuse_unsupported(model: SentencePieceModel, name: str) -> None:
         "it marks spaces at the end of words": model.whitespace_as_suffix,
         "it leaves spaces as they are": not model.escape_whitespaces,
         "it has pieces marked unused": UNUSED in model.types,
-        "it adds a space before the text and has user-defined pieces": model.add_dummy_prefix
-        and USER_DEFINED in model.types,
+        "it adds or removes spaces and has user-defined pieces": USER_DEFINED in model.types
+        and (model.add_dummy_prefix or model.remove_extra_whitespaces),
         "it has user-defined pieces that hold a space": any(SPACE in p for p in model.of_type(USER_DEFINED)),
     }
     for problem, there in problems.items():
@@ -244,7 +244,7 @@ def _normalizers(model: SentencePieceModel) -> list[normalizers.Normalizer]:
     steps: list[normalizers.Normalizer] = []
     if model.remove_extra_whitespaces:
         steps += [
-            normalizers.Replace(Regex("^ +| +$"), ""),
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
     if model.add_dummy_prefix:

@@ -35,7 +35,8 @@ def measure_peak(device: torch.device, dtype: torch.dtype, max_seconds: float = 
 
     The fastest counts: on a machine that others use too, a mean or median would be no peak, and MFU too high.
     """
-    size, seconds = 256, _best_seconds(256, device, dtype)
+    size = 1024  # smaller products don't reach the peak, and a busy machine spoils a short one
+    seconds = _best_seconds(size, device, dtype)
     while size < 8192 and 8 * 4 * seconds < max_seconds / 4:  # twice the size takes 8 times as long
         size *= 2
         seconds = _best_seconds(size, device, dtype)

@@ -12,11 +12,12 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from ternlm.config import Config, config_from_dict, load_config
+from ternlm.config import Config, ConfigError, config_from_dict, load_config, render
+from ternlm.data.atomic import write_atomically
 from ternlm.data.prepare import prepare
 from ternlm.data.train_tokenizer import train_tokenizer
 from ternlm.train.loop import train_step
@@ -50,16 +51,20 @@ def quickstart(out: Path, minutes: float, threads: int, continue_texts: Continue
     console.rule("[bold]3. What it learnt")
     after = validate(run)["validation_bpb/stdlib"]
     _show_result(console, run, before, after, corpus)
-    for prompt, text in zip(PROMPTS, continue_texts(run.model, _tokenizer(run), PROMPTS, 64, 0.7), strict=True):
-        console.print(f"[bold cyan]{_escape(prompt)}[/]{_escape(text)}", highlight=False)
-        console.rule(style="dim")
+    _show_samples(console, run, continue_texts)
     _show_next(console, out)
     return run
 
 
 def find_corpus(library: Path) -> Corpus:
     """List the library's Python files, split by a hash of their names."""
-    files = sorted(p for p in library.rglob("*.py") if "site-packages" not in p.parts and _is_text(p))
+    packages = {"site-packages", "dist-packages"}  # what users installed is not the library
+    files = sorted(p for p in library.rglob("*.py") if packages.isdisjoint(p.parts) and _is_text(p))
+    if len(files) < 100:
+        raise ConfigError(
+            f"{library} holds {len(files)} Python files; quickstart needs a Python with its library's source: "
+            "install the full package of it, or give `tern data prepare` a text of your own"
+        )
 
     def held_out(path: Path) -> bool:
         digest = hashlib.sha256(path.relative_to(library).as_posix().encode()).digest()
@@ -100,6 +105,13 @@ def quickstart_config(out: Path, steps: int, minutes: float, threads: int) -> Co
     )
 
 
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(path.read_text(encoding="utf-8").strip())
+    except UnicodeDecodeError:  # the library has some, to test encodings
+        return False
+
+
 def _prepare_data(corpus: Corpus, out: Path, console: Console) -> None:
     tokenizer, data = out / "tokenizer", out / "data"
     if not (tokenizer / "tokenizer.json").exists():
@@ -131,8 +143,8 @@ def _plan(out: Path, minutes: float, threads: int, console: Console) -> tuple[Co
     left = minutes * 60 - (time.monotonic() - started)
     config = quickstart_config(out, max(int(0.97 * left / step_seconds), 5), minutes, threads)
     before = validate(set_up(config, "never"))["validation_bpb/stdlib"]
-    (out / "config.toml").write_text(_render(config), encoding="utf-8")
-    notes.write_text(json.dumps({"bpb_before": before}))
+    write_atomically(out / "config.toml", render(config).encode())
+    write_atomically(notes, json.dumps({"bpb_before": before}).encode())
     return config, before
 
 
@@ -146,6 +158,15 @@ def _show_result(console: Console, run: Run, before: float, after: float, corpus
         f"bits per byte on {len(corpus.held_out)} files it never saw ({len(text) / 1e6:.2f} MB): "
         f"[bold]{before:.2f}[/] before, [bold green]{after:.3f}[/] after; lzma needs {packed:.3f} for the same bytes"
     )
+
+
+def _show_samples(console: Console, run: Run, continue_texts: Continue) -> None:
+    if run.tokenizer is None:
+        raise ConfigError(f"the data of {run.folder} has lost its tokenizer; remove the folder and start again")
+    texts = continue_texts(run.model, run.tokenizer, PROMPTS, 64, 0.7)
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        console.print(Text(prompt, style="bold cyan") + Text(text))
+        console.rule(style="dim")
 
 
 def _show_next(console: Console, out: Path) -> None:

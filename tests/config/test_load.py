@@ -207,9 +207,7 @@ def test_recipes_are_found_by_bare_name(recipe: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(recipe.parent)
     assert load_config("small") == load_config("small.toml") == load_config("recipes/small.toml")
     assert list_recipes() == [Path("recipes/small.toml")]
-    with pytest.raises(
-        ConfigError, match=r"'smal' is not a file; did you mean small\? recipes here: recipes/small"
-    ):
+    with pytest.raises(ConfigError, match=r"'smal' is not a file; did you mean small\? recipes here: recipes/small"):
         load_config("smal")
 
 
@@ -240,9 +238,7 @@ def test_a_config_is_frozen(recipe: Path) -> None:
         config.seed = 3
 
 
-names = st.sampled_from(["kind", "preset", "sources", "rampup", "weight", "betas", "from", "lr"]) | st.text(
-    max_size=4
-)
+names = st.sampled_from(["kind", "preset", "sources", "rampup", "weight", "betas", "from", "lr"]) | st.text(max_size=4)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),

@@ -72,8 +72,7 @@ def test_what_is_rendered_reads_back_as_the_same(
     before = config(
         name=name,
         seed=seed,
-        data={"sources": [{"name": n, "path": path, "weight": weight} for n in ("en", "code")]}
-        | {"seq_len": 64},
+        data={"sources": [{"name": n, "path": path, "weight": weight} for n in ("en", "code")]} | {"seq_len": 64},
         optimizer={"lr": lr, "decay_all": flag},
         sample={"prompts": prompts},
         load={"from": path},

@@ -20,12 +20,12 @@ def test_the_size_stops_growing_when_time_runs_out(monkeypatch):
 
     def slow(size, device, dtype):
         sizes.append(size)
-        return 10.0 * (size / 256) ** 3
+        return 10.0 * (size / 1024) ** 3
 
     monkeypatch.setattr(peak, "_best_seconds", slow)
     found = peak.measure_peak(torch.device("cpu"), torch.bfloat16)
-    assert sizes == [256, 256]
-    assert found.tflops == pytest.approx(2 * 256**3 / 10 / 1e12)
+    assert sizes == [1024, 1024]
+    assert found.tflops == pytest.approx(2 * 1024**3 / 10 / 1e12)
 
 
 def test_the_size_grows_with_the_speed(monkeypatch):

@@ -1,0 +1,182 @@
+"""`tern data inspect`: what a folder of tokens holds: counts, shards, tokenizer, and documents decoded.
+
+Reads prepared folders and InternLM's .bin files through the same stores as training does.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ternlm.data.errors import DataError
+from ternlm.data.internlm import InternLMFiles
+from ternlm.data.shards import ShardSet
+from ternlm.data.source import open_store
+from ternlm.data.tokenizer import Tokenizer, load_tokenizer
+
+_FULL_TABLE = 12  # shards; of more, the first and last few are listed
+_ENDS = 4
+_BLOCK = 1 << 20  # documents or tokens read at a time when all are checked
+_SPECIAL_STYLE, _NO_LOSS_STYLE = "bold magenta", "dim italic"
+
+
+def inspect(
+    path: str | Path,
+    *,
+    documents: int = 3,
+    chars: int = 600,
+    tokenizer: str | Path | None = None,
+    verify: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Print what a prepared folder, or a file or folder of InternLM .bin files, holds.
+
+    documents: how many to decode, evenly spread. chars: of each, at most. tokenizer: needed to decode .bin files;
+    a prepared folder has its own. verify: read everything, and check checksums and ids. Special tokens are set
+    off in colour, and tokens without loss are dim.
+    """
+    if documents < 0 or chars < 1:
+        raise DataError(f"documents = {documents} must be at least 0 and chars = {chars} at least 1")
+    console = console or Console()
+    store = open_store(path)
+    assert isinstance(store, ShardSet | InternLMFiles)
+    its = _load_tokenizer(store, tokenizer)
+    _print_counts(store, its, console)
+    if isinstance(store, ShardSet):
+        console.print(_shard_table(store))
+    if verify:
+        console.print(f"verified: {_verify(store, its)}")
+    shown = min(documents, store.num_documents)
+    for index in (number * store.num_documents // shown for number in range(shown)):
+        _print_document(store, index, its, chars, console)
+
+
+def _load_tokenizer(store: ShardSet | InternLMFiles, tokenizer: str | Path | None) -> Tokenizer | None:
+    """Load the tokenizer to decode with: the one given, else the prepared folder's own; check that it fits."""
+    if tokenizer is None and isinstance(store, InternLMFiles):
+        return None
+    its = load_tokenizer(store.path if tokenizer is None else tokenizer)
+    if store.fingerprint is not None and its.fingerprint != store.fingerprint:
+        where = "its folder" if tokenizer is None else tokenizer
+        raise DataError(
+            f"{store.path} was made by tokenizer {store.fingerprint}, but the one in {where} is {its.fingerprint}; "
+            "use the tokenizer that made it"
+        )
+    return its
+
+
+def _print_counts(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None, console: Console) -> None:
+    mean = store.num_tokens / max(store.num_documents, 1)
+    rows = [
+        ("documents", f"{store.num_documents:,}"),
+        ("tokens", f"{store.num_tokens:,}, {mean:,.1f} per document"),
+    ]
+    if isinstance(store, ShardSet):
+        num_bytes = store.manifest.get("num_bytes", 0)
+        ratio = num_bytes / max(store.num_tokens, 1)
+        rows.append(("text", f"{num_bytes / 1e6:,.1f} MB, {ratio:.2f} bytes per token"))
+        rows.append(("stored as", f"{store.dtype.name}, {len(store.shards):,} shards"))
+        for kind, entry in store.manifest.get("options", {}).get("skipped", {}).items():
+            rows.append(("left out", f"{entry['count']:,} for {kind}, the first: {entry['first']}"))
+    else:
+        rows.append(("stored as", f"InternLM .bin, {len(store.files):,} files"))
+    if tokenizer is not None:
+        ends = f"bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
+        rows.append(("tokenizer", f"{tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}, {ends}"))
+        rows.append(("", f"fingerprint {tokenizer.fingerprint}"))
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    console.print(Text(str(store.path), style="bold"))
+    console.print(table)
+
+
+def _shard_table(store: ShardSet) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("shard")
+    for column in ("tokens", "documents", "loss"):
+        table.add_column(column, justify="right")
+    many = len(store.shards) > _FULL_TABLE
+    listed = [*store.shards[:_ENDS], None, *store.shards[-_ENDS:]] if many else store.shards
+    for shard in listed:
+        if shard is None:
+            table.add_row("...", "", "", "")
+        else:
+            loss = "in part" if shard.masked else "all"
+            table.add_row(shard.name, f"{shard.tokens:,}", f"{shard.documents:,}", loss)
+    return table
+
+
+def _print_document(
+    store: ShardSet | InternLMFiles, index: int, tokenizer: Tokenizer | None, chars: int, console: Console
+) -> None:
+    """Print one document between rules, cut to `chars` characters."""
+    ids, trained = store.document(index)
+    title = f"document {index:,}: {len(ids):,} tokens"
+    if trained is not None:
+        title += f", {int(trained.sum()):,} with loss"
+    console.print(Rule(Text(title), align="left"))
+    # A long document is cut before it is decoded; a token is seldom less than a quarter of a character.
+    ids, trained = ids[: 4 * chars], None if trained is None else trained[: 4 * chars]
+    try:
+        text = Text()
+        for run, style in _runs(ids, trained, tokenizer):
+            words = " ".join(map(str, run)) + " " if tokenizer is None else tokenizer.decode(run, skip_special=False)
+            text.append(words, style=style)
+    except DataError as error:
+        raise DataError(f"{store.place(index)}: {error}") from error
+    if len(text) > chars or len(ids) == 4 * chars:
+        text = text[:chars] + Text(" ...", style="bold")
+    console.print(text, soft_wrap=True)
+
+
+def _runs(
+    ids: NDArray[np.integer], trained: NDArray[np.bool_] | None, tokenizer: Tokenizer | None
+) -> Iterator[tuple[list[int], str]]:
+    """Cut ids into runs of one look: special tokens, without loss, or plain."""
+    special = np.isin(ids, sorted(tokenizer.special_ids)) if tokenizer else np.zeros(len(ids), bool)
+    looks = np.where(special, 2, 0 if trained is None else np.where(trained, 0, 1))
+    cuts = [0, *(np.flatnonzero(np.diff(looks)) + 1).tolist(), len(ids)]
+    for start, stop in pairwise(cuts):
+        if stop > start:
+            yield ids[start:stop].tolist(), ("", _NO_LOSS_STYLE, _SPECIAL_STYLE)[looks[start]]
+
+
+def _verify(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None) -> str:
+    """Read everything: check checksums where there are some, and ids where the vocabulary is known; say which."""
+    if isinstance(store, InternLMFiles):
+        for index in range(store.num_documents):
+            ids, _ = store.document(index)
+            if tokenizer is not None and len(ids) and ids.max() >= tokenizer.vocab_size:
+                raise DataError(_outside(store, index, int(ids.max()), tokenizer.vocab_size))
+        return "every line can be read" + (", every id is in the vocabulary" if tokenizer else "")
+    store.verify()
+    for start in range(0, store.num_tokens, _BLOCK):
+        ids, _ = store.read(start, min(start + _BLOCK, store.num_tokens))
+        if ids.max() >= store.vocab_size:
+            position = start + int(np.argmax(ids >= store.vocab_size))
+            index = _document_at(store, position)
+            raise DataError(_outside(store, index, int(ids.max()), store.vocab_size))
+    return "every file has its checksum, every id is in the vocabulary"
+
+
+def _document_at(store: ShardSet, position: int) -> int:
+    """Find the document that holds the token at `position`."""
+    for first in range(0, store.num_documents, _BLOCK):
+        ends = store.ends(first, min(first + _BLOCK, store.num_documents))
+        if position < ends[-1]:
+            return first + int(np.searchsorted(ends, position, side="right"))
+    raise IndexError(position)
+
+
+def _outside(store: ShardSet | InternLMFiles, index: int, token: int, vocab_size: int) -> str:
+    return (
+        f"{store.place(index)}: id {token} is outside the vocabulary of {vocab_size}; "
+        "use the tokenizer that made the ids"
+    )

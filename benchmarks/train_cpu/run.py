@@ -212,7 +212,8 @@ def environment_of(job: Job, folder: Path) -> dict[str, str]:
         given["PYTHONPATH"] = str(REPO)
     if job.config == "litgpt-eager":
         given["TORCHDYNAMO_DISABLE"] = "1"
-    return {**os.environ, **given}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**inherited, **given}
 
 
 if __name__ == "__main__":

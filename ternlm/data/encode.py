@@ -81,17 +81,14 @@ def unit_name(index: int) -> str:
 def encode_unit(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, options: EncodeOptions) -> UnitReport:
     """Write the shard of one unit, its .json last. A bad record is a DataError unless they are skipped."""
     skipped = SkippedRecords(options.on_error)
-    num_bytes = 0
-    byte_counts: np.ndarray | None = None
-    with ShardWriter(folder, unit_name(index), tokenizer.vocab_size) as writer:
-        for span in unit.spans:
-            _check_size(span)
-            if span.file.format == "internlm":
-                if byte_counts is None:
-                    byte_counts = tokenizer.token_bytes()
-                num_bytes += _copy_tokens(span, writer, byte_counts, skipped)
-            else:
-                num_bytes += _encode_span(span, writer, tokenizer, options, skipped)
+    try:
+        with ShardWriter(folder, unit_name(index), tokenizer.vocab_size) as writer:
+            num_bytes = _fill(writer, unit, tokenizer, options, skipped)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder / unit_name(index)}: another process took its files away, for it makes the same shards; "
+            "let one of the two end, or give each machine its own --part"
+        ) from error
     report = UnitReport(writer.close(), num_bytes, dict(sorted(skipped.kinds.items())))
     text = json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / f"{unit_name(index)}.json", text.encode())
@@ -136,12 +133,32 @@ class SkippedRecords:
 
 
 def _check_size(span: Span) -> None:
-    size = span.file.path.stat().st_size
+    try:
+        size = span.file.path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{span.file.path}: can't be read ({error.strerror})") from error
     if size != span.file.size:
         raise DataError(
             f"{span.file.path}: had {span.file.size} bytes when the work was planned and has {size} now; "
             "wait until the inputs are complete, and prepare into a new folder"
         )
+
+
+def _fill(
+    writer: ShardWriter, unit: Unit, tokenizer: Tokenizer, options: EncodeOptions, skipped: SkippedRecords
+) -> int:
+    """Write a unit's documents; returns the UTF-8 bytes of their text."""
+    num_bytes = 0
+    byte_counts: np.ndarray | None = None
+    for span in unit.spans:
+        _check_size(span)
+        if span.file.format == "internlm":
+            if byte_counts is None:
+                byte_counts = tokenizer.token_bytes()
+            num_bytes += _copy_tokens(span, writer, byte_counts, skipped)
+        else:
+            num_bytes += _encode_span(span, writer, tokenizer, options, skipped)
+    return num_bytes
 
 
 def _encode_span(

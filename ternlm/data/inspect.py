@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.filesize import decimal
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -80,7 +81,7 @@ def _print_counts(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None, 
     if isinstance(store, ShardSet):
         num_bytes = store.manifest.get("num_bytes", 0)
         ratio = num_bytes / max(store.num_tokens, 1)
-        rows.append(("text", f"{num_bytes / 1e6:,.1f} MB, {ratio:.2f} bytes per token"))
+        rows.append(("text", f"{decimal(num_bytes)}, {ratio:.2f} bytes per token"))
         rows.append(("stored as", f"{store.dtype.name}, {len(store.shards):,} shards"))
         for kind, entry in store.manifest.get("options", {}).get("skipped", {}).items():
             rows.append(("left out", f"{entry['count']:,} for {kind}, the first: {entry['first']}"))

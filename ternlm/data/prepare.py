@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -350,7 +351,7 @@ def _print_summary(prepared: Prepared, console: Console) -> None:
         ("tokens", f"{prepared.tokens:,}"),
         (
             "text",
-            f"{prepared.bytes / 1e6:,.1f} MB, {ratio:.2f} bytes per token",
+            f"{decimal(prepared.bytes)}, {ratio:.2f} bytes per token",
         ),
     ]
     if prepared.new_shards:

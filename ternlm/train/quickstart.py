@@ -27,7 +27,7 @@ from ternlm.train.validate import validate
 
 VOCAB_SIZE = 4096
 PROMPTS = ("def read_file(path", "class Queue:\n", "import os\nimport sys\n", '"""Return the ')
-_HELD_OUT_SHARE = 1 / 48
+_HELD_OUT_ONE_IN = 25
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def find_corpus(library: Path) -> Corpus:
         )
 
     def held_out(path: Path) -> bool:
-        digest = hashlib.sha256(path.relative_to(library).as_posix().encode()).digest()
-        return int.from_bytes(digest[:4], "little") < _HELD_OUT_SHARE * 2**32
+        name = path.relative_to(library).as_posix()
+        return int(hashlib.sha256(name.encode()).hexdigest(), 16) % _HELD_OUT_ONE_IN == 0
 
     return Corpus([p for p in files if not held_out(p)], [p for p in files if held_out(p)])
 

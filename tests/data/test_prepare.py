@@ -19,30 +19,12 @@ from rich.console import Console
 
 from ternlm.data.errors import DataError
 from ternlm.data.prepare import prepare
-from ternlm.data.shards import ShardSet
+from ternlm.data.shards import ShardSet, ShardWriter
 from ternlm.data.tokenizer import load_tokenizer, train_bpe
 from ternlm.data.train_tokenizer import train_tokenizer
 
-WORDS = [
-    "the",
-    "tern",
-    "flies",
-    "far",
-    "and",
-    "def",
-    "return",
-    "self",
-    "细胞理论",
-    "über",
-    "12",
-    "345",
-    "(",
-    ")",
-    ":",
-    "=",
-    "\n",
-    "\n\n",
-]
+SOME_TEXT = "the tern flies far and def return self 细胞理论 über 12 345 ( ) : = \n \n\n"
+WORDS = SOME_TEXT.split(" ")
 UNIT_BYTES = 8_000
 
 
@@ -184,6 +166,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(corpus, tokenizer,
     assert digests(out) == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_workers_end_when_their_parent_is_killed(corpus, tokenizer, tmp_path):
     process = start(corpus, tokenizer, tmp_path / "out", 2)
     children: list[int] = []
@@ -323,6 +306,23 @@ def test_a_file_that_grows_during_the_run_is_an_error(tokenizer, tmp_path, monke
     monkeypatch.setattr("ternlm.data.prepare.make_units", make_units_and_grow)
     with pytest.raises(DataError, match="had 8 bytes when the work was planned and has 14 now"):
         prepare([source], tokenizer, tmp_path / "out")
+
+
+def test_two_processes_at_the_same_shard_are_an_error_not_a_mess(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("the tern")
+    arguments = [tmp_path / "a.txt"], tokenizer, tmp_path / "out"
+    beginning = ShardWriter.add
+
+    def add_while_another_run_begins(*document):
+        beginning(*document)
+        for leftover in (tmp_path / "out").glob("shard-*.tmp-*"):
+            leftover.unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "add", add_while_another_run_begins)
+        with pytest.raises(DataError, match="another process took its files away"):
+            prepare(*arguments)
+    assert prepare(*arguments).complete
 
 
 def test_ids_outside_the_vocabulary_are_named_by_file_and_line(tokenizer, tmp_path):

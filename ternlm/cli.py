@@ -41,7 +41,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change,
 
 def main() -> None:
     """Run the command line; what the user can put right is printed without a traceback, with exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StderrNow()])
     try:
         app()
     except ValueError as error:
@@ -51,6 +51,14 @@ def main() -> None:
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(2)
+
+
+class _StderrNow(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the moment: a progress bar stands in for it, and prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def _print_version(wanted: bool) -> None:
@@ -114,16 +122,20 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: cuda if there is one, else cpu.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the matrix products; auto: bfloat16 where the device is fast at it, else float32."),
+    ] = "auto",
 ) -> None:
-    """Continue prompts with a trained model."""
+    """Continue prompts with a trained model; a single one's text appears as it is generated."""
     from ternlm.checkpoint.folders import find_checkpoint
     from ternlm.checkpoint.load import load_weights, read_model_config
+    from ternlm.config import ComputeConfig
     from ternlm.data.tokenizer import load_tokenizer
-    from ternlm.infer.generate import generate
     from ternlm.infer.sampling import SamplingParams
-    from ternlm.infer.text import encode_prompt
-    from ternlm.model.decoder import build_model
-    from ternlm.train.precision import choose_device
+    from ternlm.infer.text import generate_texts, stop_ids, stream_text
+    from ternlm.model.decoder import build_empty_model
+    from ternlm.train.precision import autocast, choose_device, choose_dtype
 
     tokenizer = load_tokenizer(find_checkpoint(checkpoint))
     params = SamplingParams(
@@ -133,14 +145,19 @@ def generate(
         top_p=top_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop_ids=frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id}),
+        stop_ids=stop_ids(tokenizer),
     )
-    model = build_model(read_model_config(checkpoint))
+    place = choose_device(device)
+    model = build_empty_model(read_model_config(checkpoint), place)
     load_weights(model, checkpoint)
-    model.to(choose_device(device))
-    texts = generate(model, [encode_prompt(tokenizer, text) for text in prompt], params)
-    for text, ids in zip(prompt, texts, strict=True):
-        typer.echo(text + tokenizer.decode(ids))
+    with autocast(place, choose_dtype(ComputeConfig(dtype=dtype), place)):
+        if len(prompt) == 1:
+            typer.echo(prompt[0], nl=False)
+            stream_text(model, tokenizer, prompt[0], params, lambda piece: typer.echo(piece, nl=False))
+            typer.echo()
+            return
+        for text, continuation in zip(prompt, generate_texts(model, tokenizer, prompt, params), strict=True):
+            typer.echo(text + continuation)
 
 
 @data.command("tokenizer")

@@ -1,6 +1,8 @@
 """The command line: fast help, short errors, and options that reach the function they are for."""
 
+import io
 import json
+import logging
 import subprocess
 import sys
 import tomllib
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from ternlm import __version__
-from ternlm.cli import main
+from ternlm.cli import _StderrNow, main
 from ternlm.config import Config, UserError, config_from_dict, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -199,6 +201,67 @@ def test_generate_names_a_checkpoint_that_is_not_there(
 ) -> None:
     assert tern(monkeypatch, "generate", "nowhere", "--prompt", "x") == 2
     assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a checkpoint of random weights, tied, and its tokenizer."""
+    import torch
+
+    from ternlm.checkpoint.save import Saver
+    from ternlm.checkpoint.tensors import model_tensors
+    from ternlm.config import CheckpointConfig, ModelConfig
+    from ternlm.data.tokenizer import train_bpe
+    from ternlm.model.decoder import build_model
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = train_bpe(iter(["The tern flies. " * 9]), 262)
+    config = ModelConfig(preset="tiny", vocab_size=262, tie_word_embeddings=True)
+    model = build_model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    run = tmp_path_factory.mktemp("run")
+    state = {"model": config.model_dump(mode="json", exclude_none=True)}
+    Saver(run, CheckpointConfig(wait=True), tokenizer.save).save(1, model_tensors(model), state)
+    return run
+
+
+def test_generate_writes_the_same_text_streamed_or_with_others(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-new-tokens", "12", "--seed", "5", "--device", "cpu", "--dtype", "float32"]
+    assert tern(monkeypatch, "generate", str(checkpoint), "--prompt", "The", *options) == 0
+    alone = capsys.readouterr().out
+    assert tern(monkeypatch, "generate", str(checkpoint), "--prompt", "The", "--prompt", "flies", *options) == 0
+    together = capsys.readouterr().out
+    assert alone.startswith("The")
+    assert len(alone) > len("The\n")
+    assert together.startswith(alone + "flies")
+
+
+def test_generate_computes_in_the_dtype_asked_for(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from ternlm.infer import text
+
+    seen = []
+
+    def note(*args: Any) -> None:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+
+    monkeypatch.setattr(text, "stream_text", note)
+    for dtype in ("float32", "bfloat16"):
+        words = ["generate", str(checkpoint), "--prompt", "x", "--device", "cpu", "--dtype", dtype]
+        assert tern(monkeypatch, *words) == 0
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_log_lines_go_above_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, stand_in = _StderrNow(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stand_in)  # as a bar does while it is shown
+    handler.emit(logging.makeLogRecord({"msg": "saved"}))
+    assert stand_in.getvalue() == "saved\n"
 
 
 def test_config_show_prints_a_recipe(

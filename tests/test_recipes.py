@@ -18,14 +18,14 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_renders_to_itself(recipe: Path) -> None:
     config = load_config(recipe)
-    assert config.name == recipe.stem
+    assert Path(config.out).name == recipe.stem
     assert config_from_dict(tomllib.loads(render(config))) == config
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_its_hardware(recipe: Path) -> None:
     text = recipe.read_text(encoding="utf-8")
-    assert "\n# Hardware: " in text.split("\nname =")[0]
+    assert "\n# Hardware: " in text.split("\nout =")[0]
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -41,8 +41,9 @@ def test_the_ancestors_recipes_keep_its_hyper_parameters(name: str, params: int,
     config = load_config(next(path for path in RECIPES if path.stem == name))
     assert config.model.num_params == params
     assert config.data.seq_len == config.model.max_position_embeddings == seq_len
-    assert config.tokens_per_step == 4 * 2**20
-    assert config.tokens_per_step * config.train.steps == pytest.approx(tokens, rel=0.01)
+    tokens_per_step = config.batch.global_sequences * config.data.seq_len
+    assert tokens_per_step == 4 * 2**20
+    assert tokens_per_step * config.train.steps == pytest.approx(tokens, rel=0.01)
     optimizer = config.optimizer
     assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-4, (0.9, 0.95), 0.01)
     assert optimizer.decay_all
@@ -55,7 +56,7 @@ def test_the_ancestors_recipes_keep_its_hyper_parameters(name: str, params: int,
 def test_the_debug_recipe_trains_by_the_commands_in_its_head(tmp_path: Path) -> None:
     (tmp_path / "ternlm").symlink_to(ROOT / "ternlm")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    head = (ROOT / "recipes/debug.toml").read_text(encoding="utf-8").split("\nname =")[0]
+    head = (ROOT / "recipes/debug.toml").read_text(encoding="utf-8").split("\nout =")[0]
     prepare = re.findall(r"^#   (tern .*)$", head.replace("\\\n#", ""), re.MULTILINE)
     assert [command.split()[:3] for command in prepare] == [["tern", "data", verb] for verb in ("tokenizer", "prepare")]
 

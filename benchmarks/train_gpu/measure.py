@@ -60,6 +60,9 @@ class Watch:
 
     def text(self, step: int, name: str, text: str) -> None: ...
 
+    def sync(self) -> None:
+        """Keep nothing that could be lost."""
+
     def close(self) -> None: ...
 
 
@@ -93,7 +96,7 @@ def measure(job: Job) -> dict:
         "step_seconds": seconds,
         "peak_tflops": peak.tflops,
         "peak_source": peak.source,
-        "peak_memory_bytes": peak_memory(run.device).num_bytes,
+        "peak_memory_bytes": peak_memory(run.device),
         "losses": watch.losses,
         **_throughput(run, job, statistics.median(seconds), peak.tflops),
     }

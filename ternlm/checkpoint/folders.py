@@ -43,13 +43,19 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def prune(run: Path, config: CheckpointConfig) -> None:
-    """Remove what the retention rule doesn't keep, and incomplete folders older than the newest complete one."""
+    """Remove the complete checkpoints that the retention rule doesn't keep."""
     steps = complete_steps(run)
     kept = set(steps[-config.keep_last :])
     if config.keep_every_steps:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}
+    for step in set(steps) - kept:
+        remove(checkpoint_folder(run, step))
+
+
+def remove_incomplete(run: Path) -> None:
+    """Remove what killed or failed saves have left; only the process that trains the run may call it."""
     for step, complete in _steps(run):
-        if (complete and step not in kept) or (not complete and steps and step < steps[-1]):
+        if not complete:
             remove(checkpoint_folder(run, step))
 
 

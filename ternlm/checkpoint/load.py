@@ -51,7 +51,8 @@ def check_same_model(checkpoint: Path, model: ModelConfig, tokenizer_fingerprint
     """
     state = read_state(checkpoint)
     saved = read_model_config(checkpoint)
-    ignored = {"preset", "init", "max_position_embeddings", "rope_scaling"}  # none of them shapes a weight
+    # None of these shapes a weight; a longer context may even need another base.
+    ignored = {"preset", "init", "max_position_embeddings", "rope_scaling", "rope_theta", "rms_norm_eps"}
     for name in sorted(set(ModelConfig.model_fields) - ignored):
         theirs, ours = _resolved(saved, name), _resolved(model, name)
         if theirs != ours:
@@ -77,6 +78,13 @@ def _load(tensors: dict[str, Any], folder: Path) -> None:
     try:
         with one_process():
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    except (CheckpointException, OSError, RuntimeError, ValueError) as reason:
-        first = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
-        raise CheckpointError(f"{folder}: can't be loaded ({first}); take another checkpoint") from reason
+    except (CheckpointException, OSError, RuntimeError, ValueError) as trouble:
+        raise CheckpointError(f"{folder}: can't be loaded ({_cause(trouble)}); take another checkpoint") from trouble
+
+
+def _cause(trouble: BaseException) -> str:
+    """Return the first line of what went wrong, which DCP hides behind the number of the rank."""
+    if isinstance(trouble, CheckpointException):
+        trouble = next((cause for cause, _ in trouble.failures.values()), trouble)
+    lines = str(trouble).strip().splitlines()
+    return f"{type(trouble).__name__}: {lines[0] if lines else 'no more is known'}"

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 
 from ternlm.checkpoint.errors import CheckpointError
-from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, sync
+from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, remove_incomplete, sync
 from ternlm.checkpoint.tensors import copy_to_cpu, one_process
 from ternlm.config.training import CheckpointConfig
 
@@ -35,49 +36,58 @@ class Saver:
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Save after `step` steps; returns once the tensors are copied, unless `checkpoint.wait`.
 
-        Raises CheckpointError where this or the save before it failed.
+        A save that fails is logged at once and leaves nothing behind; training goes on, and the next save is tried.
         """
-        self.wait()
+        self._join()
         if self.config.wait:
             self._write(step, tensors, state)
-            self._raise_failure()
             return
         copies = copy_to_cpu(tensors)
         self._thread = Thread(target=self._write, args=(step, copies, state), name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait until the save under way is on the disk; raises CheckpointError if it failed."""
+    def finish(self) -> None:
+        """Wait until the last save is on the disk; raises CheckpointError if it failed."""
+        self._join()
+        if self._failure is not None:
+            raise CheckpointError(
+                f"the last save into {self.run} failed: {self._failure}; what was saved before it is complete"
+            ) from self._failure
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise CheckpointError(f"saving into {self.run} failed: {failure}") from failure
 
     def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-        started = time.monotonic()
-        folder = checkpoint_folder(self.run, step)
+        started, folder, self._failure = time.monotonic(), checkpoint_folder(self.run, step), None
         try:
-            if folder.exists():
-                remove(folder)
-            folder.mkdir(parents=True)
-            with one_process():
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
-            self._write_files(folder)
-            _write_synced(folder / STATE_FILE, json.dumps(state, indent=1))
-            for path in folder.iterdir():
-                sync(path)
-            _write_synced(folder / MARKER, f"{step}\n")
-            for path in (folder, folder.parent):
-                sync(path)
-            prune(self.run, self.config)
-            logger.info("saved %s in %.1f s", folder, time.monotonic() - started)
-        except Exception as failure:  # reported by the next save or wait
+            self._write_folder(folder, step, tensors, state)
+        except Exception as failure:
             self._failure = failure
+            logger.error("saving %s failed: %s", folder, failure)
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        logger.info("saved %s in %.1f s", folder, time.monotonic() - started)
+        try:
+            prune(self.run, self.config)
+        except OSError as trouble:
+            logger.warning("old checkpoints in %s can't be removed: %s", self.run, trouble)
+
+    def _write_folder(self, folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        remove_incomplete(self.run)
+        if folder.exists():
+            remove(folder)
+        folder.mkdir(parents=True)
+        with one_process():
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+        self._write_files(folder)
+        _write_synced(folder / STATE_FILE, json.dumps(state, indent=1))
+        for path in (*folder.iterdir(), folder):
+            sync(path)
+        _write_synced(folder / MARKER, f"{step}\n")
+        for path in (folder, folder.parent, self.run):
+            sync(path)
 
 
 def _write_synced(path: Path, text: str) -> None:

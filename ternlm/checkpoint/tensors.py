@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -31,7 +30,12 @@ def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str
 
     Learning rates, decay and the like are left out: a resumed run takes them from its settings.
     """
+    fresh = [optimizer for optimizer in optimizers if not optimizer.state]
     state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
+    for optimizer in fresh:  # PyTorch has made their states by a step on zero gradients, and counted it
+        for values in optimizer.state.values():
+            if "step" in values:
+                values["step"].zero_()
     return {f"optimizer.{name}": value for name, value in state.items() if name.startswith("state.")}
 
 
@@ -52,10 +56,7 @@ def one_process() -> Iterator[None]:
 
 def copy_to_cpu(tensors: dict[str, Any]) -> dict[str, Any]:
     """Copy every tensor, so that training may go on while the copy is written."""
-    copies = {
+    return {
         name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         for name, value in tensors.items()
     }
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copies

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from ternlm.config.section import Section, setting
+from ternlm.config.section import Section, refuse_ignored, setting
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn"]
 
@@ -32,8 +32,14 @@ class RopeScaling(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
-        if self.kind == "default" and self.factor != 1.0:
-            raise ValueError(f"factor = {self.factor} has no effect with kind = 'default'; choose another kind")
+        if self.kind == "default":
+            refuse_ignored(self, ("factor",), "kind = 'default'", "choose another kind")
+        if self.kind not in ("dynamic", "yarn"):
+            length = "original_max_position_embeddings"
+            refuse_ignored(self, (length,), f"kind = {self.kind!r}", "set kind to 'dynamic' or 'yarn'")
+        if self.kind != "yarn":
+            names = ("beta_fast", "beta_slow", "attention_factor")
+            refuse_ignored(self, names, f"kind = {self.kind!r}", "set kind to 'yarn'")
         if self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow = {self.beta_slow} must be below beta_fast = {self.beta_fast}")
         return self
@@ -48,6 +54,12 @@ class InitConfig(Section):
         "1/sqrt(2 layers)",
     )
     std: float = setting(0.02, "plain: standard deviation", gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "InitConfig":
+        if self.kind != "plain":
+            refuse_ignored(self, ("std",), f"kind = {self.kind!r}", "set kind to 'plain'")
+        return self
 
 
 # What a preset fixes; every other field keeps its default unless the recipe says otherwise.

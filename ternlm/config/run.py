@@ -27,7 +27,6 @@ class LoadConfig(Section):
 class Config(Section):
     """Everything a pretraining run depends on."""
 
-    name: str = setting("run", "name of the run", min_length=1)
     out: str = setting("runs/run", "folder for checkpoints, metrics and the resolved settings", min_length=1)
     seed: int = setting(1234, "of weights and data order", ge=0, lt=2**63)
     model: ModelConfig = setting(..., "the model")
@@ -59,8 +58,3 @@ class Config(Section):
                 "set data.validation_fraction or data.validation"
             )
         return self
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of a full global batch."""
-        return self.batch.global_sequences * self.data.seq_len

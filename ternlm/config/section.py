@@ -4,6 +4,7 @@ Sections are plain pydantic models. A field's help text, unit and effect live be
 `tern config show`, `tern config schema` and error messages. Nothing here knows any particular section.
 """
 
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,6 +41,20 @@ def setting(default: Any = ..., help: str = "", unit: str = "", **rules: Any) ->
     if isinstance(default, type):
         return Field(default_factory=default, description=help, json_schema_extra=extra, **rules)
     return Field(default, description=help, json_schema_extra=extra, **rules)
+
+
+def refuse_ignored(section: Section, names: Iterable[str], where: str, remedy: str) -> None:
+    """Raise ValueError for the first of the settings that was changed though it does nothing.
+
+    where: the other setting that makes it idle. A value equal to the default passes: rendered settings hold all.
+    """
+    for name in names:
+        value = getattr(section, name)
+        default = type(section).model_fields[name].get_default(call_default_factory=True)
+        if value != default:
+            shown, usual = (list(v) if isinstance(v, tuple) else v for v in (value, default))
+            leave = "leave it out" if default is None else f"leave it at its default, {usual!r}"
+            raise ValueError(f"{name} = {shown!r} has no effect with {where}; {leave}, or {remedy}")
 
 
 def fields_of(section: type[Section]) -> dict[str, FieldInfo]:

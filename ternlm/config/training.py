@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ternlm.config.section import Section, setting
+from ternlm.config.section import Section, refuse_ignored, setting
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,6 +32,12 @@ class TrainConfig(Section):
         20, "stop with an error after this many skipped steps in a row", unit="steps", gt=0
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.spike == "off":
+            refuse_ignored(self, ("spike_ratio", "spike_window"), "spike = 'off'", "set spike to 'skip' or 'stop'")
+        return self
+
 
 class OptimizerConfig(Section):
     """AdamW, or Muon for the matrices of the blocks beside AdamW for the rest."""
@@ -46,10 +52,16 @@ class OptimizerConfig(Section):
     )
     eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = setting(0.1, "decoupled weight decay", ge=0)
-    decay_all: bool = setting(False, "decay norms, biases and embeddings too (as the ancestor did)")
+    decay_all: bool = setting(False, "decay norms and biases too, beside the matrices (as the ancestor did)")
     clip_norm: float = setting(1.0, "largest norm of the gradient; 0: no clipping", ge=0)
     muon_lr: float = setting(0.02, "muon: peak learning rate of the blocks' matrices", gt=0)
     muon_momentum: float = setting(0.95, "muon: momentum", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.kind != "muon":
+            refuse_ignored(self, ("muon_lr", "muon_momentum"), f"kind = {self.kind!r}", "set kind to 'muon'")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -64,6 +76,10 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ScheduleConfig":
+        if self.kind == "constant":
+            refuse_ignored(self, ("min_lr",), "kind = 'constant'", "set kind to 'cosine' or 'wsd'")
+        if self.kind != "wsd":
+            refuse_ignored(self, ("decay_fraction",), f"kind = {self.kind!r}", "set kind to 'wsd'")
         if self.kind == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"warmup_fraction = {self.warmup_fraction} and decay_fraction = {self.decay_fraction} "
@@ -109,6 +125,12 @@ class ComputeConfig(Section):
         None, "the device's peak for MFU; from the table of devices, or measured, if not given", gt=0
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> "ComputeConfig":
+        if self.recompute == 0:
+            refuse_ignored(self, ("recompute_keep",), "recompute = 0", "set recompute above 0")
+        return self
+
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
@@ -128,7 +150,8 @@ class MonitorConfig(Section):
     every_steps: int = setting(1, "steps between two reports", unit="steps", gt=0)
     progress: Literal["auto", "bar", "lines", "off"] = setting(
         "auto",
-        "bar on a terminal; lines: one line of key=value a report; auto: bar on a terminal, else lines",
+        "bar: on the error stream; lines: one line of key=value a report, at most one a second; auto: bar on a "
+        "terminal, else lines",
     )
     jsonl: bool = setting(True, "write metrics.jsonl into the run's folder")
     tensorboard: bool = setting(False, "write TensorBoard events (extra `tensorboard`)")
@@ -137,7 +160,12 @@ class MonitorConfig(Section):
 class ValidationConfig(Section):
     """Loss on held-out data during training."""
 
-    every_steps: int = setting(0, "steps between validations; 0: never", unit="steps", ge=0)
+    every_steps: int = setting(
+        0,
+        "steps between validations; 0: never, and held-out documents are then only left out of training",
+        unit="steps",
+        ge=0,
+    )
     max_sequences: int = setting(256, "sequences of each validation source; 0: all of them", unit="sequences", ge=0)
 
 
@@ -153,4 +181,6 @@ class SampleConfig(Section):
     def _check(self) -> "SampleConfig":
         if self.every_steps and not self.prompts:
             raise ValueError("every_steps is set but prompts is empty; give at least one prompt")
+        if not self.every_steps:
+            refuse_ignored(self, ("prompts",), "every_steps = 0", "set every_steps above 0")
         return self

@@ -144,3 +144,13 @@ class CausalLM(nn.Module):
 def build_model(config: ModelConfig) -> CausalLM:
     """Build the model on the current default device; under `torch.device("meta")` nothing is allocated."""
     return CausalLM(config)
+
+
+def build_empty_model(config: ModelConfig, device: torch.device) -> CausalLM:
+    """Build the model on `device` with memory that holds anything: its weights are to be initialised or loaded next."""
+    with torch.device("meta"):
+        model = build_model(config)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:  # to_empty has made two tensors of the one
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -34,6 +35,9 @@ class Sink(Protocol):
     def text(self, step: int, name: str, text: str) -> None:
         """Take a piece of text, such as a sample."""
 
+    def sync(self) -> None:
+        """Make a record of what was taken so far last, since a checkpoint that builds on it is about to be saved."""
+
     def close(self) -> None:
         """Finish; nothing is written after it."""
 
@@ -55,10 +59,11 @@ def open_sinks(
         sinks.append(JsonlSink(folder / "metrics.jsonl", resume_step))
     if monitor.tensorboard:
         sinks.append(TensorboardSink(folder / "tensorboard", resume_step))
-    console = Console()
+    # On the error stream, as the log: a bar on another would be torn by each line of it.
+    console = Console(stderr=True)
     progress = monitor.progress
     if progress == "auto":
-        progress = "bar" if console.is_terminal else "lines"
+        progress = "bar" if console.is_terminal and sys.stdout.isatty() else "lines"
     if progress == "bar":
         sinks.append(ProgressSink(total_steps, resume_step, max_seconds, console))
     elif progress == "lines":
@@ -70,7 +75,8 @@ class JsonlSink:
     """One JSON object a line: `{"step": 3, "loss/total": 2.5}`, or with text `{"step", "name", "text"}`.
 
     Numbers that JSON can't express are the strings "NaN", "Infinity" and "-Infinity", which Python's `float`
-    reads. A line is handed to the system at once, so a killed process loses at most the one it was writing.
+    reads. A line is handed to the system at once, so a killed process loses at most the one it was writing; a power
+    cut, what came after the last `sync`.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -78,6 +84,7 @@ class JsonlSink:
         if path.exists():
             _cut_after(path, resume_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        _sync_folder(path.parent)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line with all of the metrics."""
@@ -86,6 +93,10 @@ class JsonlSink:
     def text(self, step: int, name: str, text: str) -> None:
         """Append one line with the text."""
         self._append({"step": step, "name": name, "text": text})
+
+    def sync(self) -> None:
+        """Put what was written on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -121,27 +132,53 @@ class TensorboardSink:
         indented = "\n".join(f"    {line}" for line in text.splitlines())
         self._writer.add_text(name, indented, step)
 
+    def sync(self) -> None:
+        """Hand what waits in memory to the system."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Write what is left."""
         self._writer.close()
 
 
+_SECONDS_BETWEEN_LINES = 1.0
+
+
 class LineSink:
-    """One line of `key=value` a report: the brief metrics, or all of them where none is brief."""
+    """Lines of `key=value`: the brief metrics, or all of them where none is brief.
+
+    Of steps that last less than a second only some are printed; the first, the last and validations always are.
+    """
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
         self._total_steps, self._stream = total_steps, stream
+        self._printed_at = -math.inf
+        self._held_back: str | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the line."""
-        print(f"step={step}/{self._total_steps}", *_pairs(metrics), file=self._stream, flush=True)
+        """Print the line, or hold it back if another was printed within the last second."""
+        line = " ".join((f"step={step}/{self._total_steps}", *_pairs(metrics)))
+        wanted = step == self._total_steps or any(name.startswith("validation_") for name in metrics)
+        if wanted or time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
+            self._print(line)
+        else:
+            self._held_back = line
 
     def text(self, step: int, name: str, text: str) -> None:
         """Print the text below a line that names it."""
         print(f"step={step}/{self._total_steps} {name}:\n{text}", file=self._stream, flush=True)
 
+    def sync(self) -> None:
+        """Keep nothing: what is printed isn't a record."""
+
     def close(self) -> None:
-        """Leave the stream open: it isn't this sink's."""
+        """Print the last line if it was held back; leave the stream open, which isn't this sink's."""
+        if self._held_back is not None:
+            self._print(self._held_back)
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+        self._printed_at, self._held_back = time.monotonic(), None
 
 
 # The most wanted first: a narrow terminal cuts the end off.
@@ -171,7 +208,8 @@ class ProgressSink:
             BarColumn(bar_width=12),
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         )
-        self._bar = Progress(*columns, console=console)
+        # What else is printed meanwhile goes above the bar, unless it goes to a file.
+        self._bar = Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty())
         self._task = self._bar.add_task("", total=total_steps, completed=resume_step, done=resume_step)
         self._bar.start()
 
@@ -191,6 +229,9 @@ class ProgressSink:
     def text(self, step: int, name: str, text: str) -> None:
         """Print the text above the bar."""
         self._print(f"step {step} {name}:\n{text}")
+
+    def sync(self) -> None:
+        """Keep nothing: what is shown isn't a record."""
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -221,9 +262,21 @@ def _cut_after(path: Path, step: int) -> None:
                 continue
             if wanted and line.endswith(b"\n"):
                 new.write(line)
+        # Renamed before its content is on the disk, a file can come back empty after a power cut.
+        new.flush()
+        os.fsync(new.fileno())
     if broken:
         logger.warning("%s: left out %d broken lines, such as the half of one", path, broken)
     os.replace(written, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names of the files in it last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _json_number(value: float) -> float | str:

@@ -37,6 +37,7 @@ class Throughput:
         self._total_steps, self._num_devices = total_steps, num_devices
         self._peak_tflops, self._max_seconds = peak_tflops, max_seconds
         self._steps: deque[_Step] = deque(maxlen=_WINDOW)
+        self._num_recorded = 0
 
     def record(self, tokens: int, seconds: float, flops: Flops, wait_seconds: float = 0.0) -> None:
         """Add a step.
@@ -46,6 +47,7 @@ class Throughput:
         if seconds <= 0:
             raise ValueError(f"a step's seconds must be above 0, not {seconds}")
         self._steps.append(_Step(tokens, seconds, flops, wait_seconds))
+        self._num_recorded += 1
 
     def metrics(self, step: int, elapsed_seconds: float) -> dict[str, float]:
         """Return the metrics `speed/*`, `data/*` and `time/*`; at least one step must be recorded.
@@ -81,7 +83,7 @@ class Throughput:
     def _eta_seconds(self, step: int, elapsed_seconds: float) -> float:
         # A process's first step compiles and warms up; it says little about the next ones.
         steps = list(self._steps)
-        steps = steps[1:] if 1 < len(steps) < _WINDOW else steps
+        steps = steps[1:] if 1 < self._num_recorded <= _WINDOW else steps
         eta = (self._total_steps - step) * sum(s.seconds for s in steps) / len(steps)
         if self._max_seconds is not None:
             eta = min(eta, self._max_seconds - elapsed_seconds)

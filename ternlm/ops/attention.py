@@ -1,6 +1,6 @@
 """Causal attention over packed segments: tokens attend only inside their own segment.
 
-The default `attend` of training is `partial(attend_segments, ...)`. On a CPU it is a loop of flash kernels over
+The `attend` of training. On a CPU it is a loop of flash kernels over
 the segments (exact; measured 4 times faster than a block mask); on CUDA it is PyTorch's variable-length kernel.
 It is a custom operator, opaque to the compiler, so that a block compiles as one graph whatever the segments.
 
@@ -20,6 +20,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """`(q_BTNH, k_BSKH, v_BSKH, layer) -> o_BTNH`, q and k already rotated."""
 
 
+# torch 2.11 groups the heads without being asked.
+_VARLEN_TAKES_GQA = "enable_gqa" in signature(varlen_attn).parameters
+
+
 def make_segment_attend(lengths: Sequence[Sequence[int]], device: torch.device) -> Attend:
     """Build the `attend` of one microbatch.
 
@@ -30,7 +34,14 @@ def make_segment_attend(lengths: Sequence[Sequence[int]], device: torch.device) 
     offsets = offsets.to(device, non_blocking=True)
     # The number of segments differs between microbatches; a compiled block is to serve them all.
     torch._dynamo.maybe_mark_dynamic(offsets, 0)
-    return partial(_attend_cpu if device.type == "cpu" else _attend_cuda, offsets)
+    if device.type == "cpu":
+        return partial(_attend_cpu, offsets)
+    return partial(_attend_fused if has_fused_kernel(device) else _attend_masked, offsets)
+
+
+def has_fused_kernel(device: torch.device) -> bool:
+    """Whether the device has the variable-length kernel, for bfloat16 and float16; else masks are used."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_cpu(offsets: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
@@ -38,13 +49,17 @@ def _attend_cpu(offsets: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor,
     return out_BTNH
 
 
-def _attend_cuda(offsets: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
+def _attend_masked(offsets: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
+    return masked_attention(q_BTNH, k_BTKH, v_BTKH, offsets)
+
+
+def _attend_fused(offsets: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
     if q_BTNH.dtype == torch.float32:  # the variable-length kernel takes half precision only
         return masked_attention(q_BTNH, k_BTKH, v_BTKH, offsets)
     longest = q_BTNH.shape[1]  # a bound that never changes, where the true one would recompile the block
     attend: Callable[..., Tensor] = partial(varlen_attn, window_size=(-1, 0))  # type: ignore[assignment]
-    if k_BTKH.shape[2] != q_BTNH.shape[2] and "enable_gqa" in signature(varlen_attn).parameters:
-        attend = partial(attend, enable_gqa=True)  # torch 2.11 groups the heads without being asked
+    if k_BTKH.shape[2] != q_BTNH.shape[2] and _VARLEN_TAKES_GQA:
+        attend = partial(attend, enable_gqa=True)
     q_PNH, k_PKH, v_PKH = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
     return attend(q_PNH, k_PKH, v_PKH, offsets, offsets, longest, longest).view(q_BTNH.shape)
 
@@ -69,10 +84,18 @@ def segment_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, offsets: T
     offsets: int32 on the CPU, first 0, last P; segment i is the flattened tokens [offsets[i], offsets[i + 1]).
     Returns the output (as q) and the log-sum-exp of the scores, (P, N), which the backward needs.
     """
+    q, k, v = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
+    runs = _equal_runs(offsets)
+    if len(runs) == 1:  # segments of one length, such as one document a row: the kernel's output as it is
+        shape = runs[0][1]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_heads_first(x, shape) for x in (q, k, v)), 0.0, True
+        )
+        lse_PN = lse.transpose(1, 2).flatten(0, 1)
+        return out.transpose(1, 2).reshape(q_BTNH.shape), lse_PN.contiguous()
     out_PNH = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format).flatten(0, 1)
     lse_PN = torch.empty(out_PNH.shape[:2], dtype=torch.float32)
-    q, k, v = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
-    for rows, shape in _equal_runs(offsets):
+    for rows, shape in runs:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(_heads_first(x[rows], shape) for x in (q, k, v)), 0.0, True
         )
@@ -98,10 +121,21 @@ def _segment_attention_backward(
     lse_PN: Tensor,
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = tuple(x.flatten(0, 1) for x in (grad_BTNH, q_BTNH, k_BTKH, v_BTKH, out_BTNH))
+    runs = _equal_runs(offsets)
+    if len(runs) == 1:
+        shape = runs[0][1]
+        lse = lse_PN.view(*shape, -1).transpose(1, 2)
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_heads_first(x, shape) for x in inputs), lse, 0.0, True
+        )
+        grad_q, grad_k, grad_v = (
+            part.transpose(1, 2).reshape(x.shape) for part, x in zip(parts, (q_BTNH, k_BTKH, v_BTKH), strict=True)
+        )
+        return grad_q, grad_k, grad_v
     contiguous = torch.contiguous_format
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=contiguous) for x in (q_BTNH, k_BTKH, v_BTKH))
-    inputs = tuple(x.flatten(0, 1) for x in (grad_BTNH, q_BTNH, k_BTKH, v_BTKH, out_BTNH))
-    for rows, shape in _equal_runs(offsets):
+    for rows, shape in runs:
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(_heads_first(x[rows], shape) for x in inputs),
             lse_PN[rows].view(*shape, -1).transpose(1, 2),

@@ -1,4 +1,4 @@
-"""The norm of the whole gradient, and clipping by it."""
+"""The norm of the whole gradient, and its division and clipping in one pass."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,12 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale the gradients, in place, so that their norm is at most `max_norm`; 0 leaves them as they are."""
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, divisor: float, max_norm: float) -> None:
+    """Divide the gradients, in place, then scale them so that their norm is at most `max_norm`; 0: no limit.
+
+    norm: of the divided gradients.
+    """
+    factor = torch.full_like(norm, 1 / divisor)
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)

@@ -27,10 +27,10 @@ def lr_factor(update: int, total: int, schedule: ScheduleConfig) -> float:
 
 
 def beta2_at(update: int, config: OptimizerConfig) -> float:
-    """Return Adam's beta2 of the 0-based `update`: max(betas[1], 1 - n^-c) with n its 1-based count."""
-    if not config.beta2_ramp:
+    """Return Adam's beta2 of the 0-based `update`: max(betas[1], 1 - n^-c) after n updates."""
+    if not config.beta2_ramp or not update:
         return config.betas[1]
-    return max(config.betas[1], 1 - (update + 1) ** -config.beta2_ramp)
+    return max(config.betas[1], 1 - update**-config.beta2_ramp)
 
 
 def apply_schedule(

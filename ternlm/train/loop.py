@@ -33,34 +33,49 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
     """Train until the last step, the time budget, a signal or the stop file; save on the way and at the end.
 
     batches: one list of microbatches per step; an empty one is a step to be passed over.
+    `run.stopped` tells why it ended. Raises TrainingError when too many steps in a row were bad.
     """
-    progress, stop_file = run.progress, StopFile(run.config.train.stop_file)
-    saved_at = time.monotonic()
-    with StopSignals() as signals:
-        for microbatches in batches:
-            started = time.monotonic()
-            facts = train_step(run, microbatches)
-            seconds = time.monotonic() - started + run.loader.wait_seconds
-            progress.seconds += seconds
-            extra: dict[str, float] = {}
-            for every in extras:
-                extra |= every.act() if every.due(progress.step) else {}
-            reporter.report(facts, seconds, extra)
-            asked = stop_file.asks(progress.step)
-            reason = _reason_to_stop(run, facts, signals.received, asked, seconds)
-            if reason or asked == "save" or _save_is_due(run, time.monotonic() - saved_at):
-                run.save()
-                saved_at = time.monotonic()
-            if reason:
-                logger.info("stopped after step %d: %s", progress.step, reason)
-                break
-        run.saver.wait()
+    train, progress = run.config.train, run.progress
+    if progress.step and out_of_time(train, progress.seconds, progress.seconds / progress.step):
+        run.stopped = f"the time budget of {train.max_minutes:g} minutes is used up; raise train.max_minutes"
+        logger.warning("nothing was trained: %s", run.stopped)
+        return
+    stop_file = StopFile(train.stop_file, progress.step)
+    saved_at = now = time.monotonic()
+    first = True
+    try:
+        with StopSignals() as signals:
+            for microbatches in batches:
+                facts = train_step(run, microbatches)
+                step_seconds = time.monotonic() - now
+                extra: dict[str, float] = {}
+                for every in extras:
+                    extra |= every.act() if every.due(progress.step) else {}
+                asked = stop_file.asks(progress.step)
+                # The first step of a process compiles: it says nothing about the next one's duration.
+                expected = 0.0 if first else step_seconds
+                elapsed = progress.seconds + time.monotonic() - now
+                run.stopped = _reason_to_stop(run, facts, signals.received, asked, elapsed, expected)
+                reporter.report(facts, step_seconds, extra, last=run.stopped is not None)
+                _check_progress(run, facts)
+                if run.stopped or asked == "save" or _save_is_due(run, time.monotonic() - saved_at):
+                    progress.seconds += time.monotonic() - now
+                    now = saved_at = time.monotonic()
+                    reporter.sync()
+                    run.save()
+                progress.seconds += time.monotonic() - now
+                now, first = time.monotonic(), False
+                if run.stopped:
+                    logger.info("stopped after step %d: %s", progress.step, run.stopped)
+                    break
+    finally:
+        run.saver.finish()
 
 
 def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
     """Train on one global batch and count it; a bad step is counted and never applied.
 
-    Returns None for a step without batches. Raises TrainingError when too many steps in a row were bad.
+    Returns None for a step that has nothing to train on.
     """
     config, progress = run.config, run.progress
     progress.step += 1
@@ -69,8 +84,11 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
     apply_schedule(run.optimizers, progress.updates, config.train.steps, config.optimizer, config.schedule)
     scale = run.scaler.scale if run.scaler else 1.0
     loss = accumulate_gradients(run.model, run.loss_fn, microbatches, run.device, run.autocast, scale)
+    if not loss.count:
+        update_weights(run.model, run.optimizers, 0.0, apply=False)
+        return None
     verdict = run.spikes.judge(loss.mean)
-    norm = update_weights(run.model, run.optimizers, config.optimizer.clip_norm, scale, apply=verdict == "ok")
+    norm = update_weights(run.model, run.optimizers, config.optimizer.clip_norm, loss.divisor, apply=verdict == "ok")
     applied = verdict == "ok" and math.isfinite(norm)
     if run.scaler:
         run.scaler.update(overflow=not math.isfinite(norm))
@@ -78,17 +96,21 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
     progress.skipped += not applied
     progress.skipped_in_row = 0 if applied else progress.skipped_in_row + 1
     progress.tokens += sum(batch.tokens_BT.numel() for batch in microbatches)
-    if progress.skipped_in_row >= config.train.max_skipped_in_row:
-        raise TrainingError(
-            f"the newest {progress.skipped_in_row} steps had non-finite gradients or loss spikes (step "
-            f"{progress.step}: loss {loss.mean:.4g}, gradient norm {norm:.4g}); go on from the last checkpoint "
-            "with a lower optimizer.lr, or pass over the data with data.skip_steps"
-        )
     return StepFacts(loss, norm, spiked=verdict == "stop", microbatches=microbatches)
 
 
+def _check_progress(run: Run, facts: StepFacts | None) -> None:
+    progress = run.progress
+    if facts and progress.skipped_in_row >= run.config.train.max_skipped_in_row:
+        raise TrainingError(
+            f"the newest {progress.skipped_in_row} steps had non-finite gradients or loss spikes (step "
+            f"{progress.step}: loss {facts.loss.mean:.4g}, gradient norm {facts.norm:.4g}); go on from the last "
+            "checkpoint with a lower optimizer.lr, or pass over the data with data.skip_steps"
+        )
+
+
 def _reason_to_stop(
-    run: Run, facts: StepFacts | None, signal: str | None, asked: str | None, seconds: float
+    run: Run, facts: StepFacts | None, signal: str | None, asked: str | None, elapsed: float, expected: float
 ) -> str | None:
     train = run.config.train
     if signal:
@@ -99,7 +121,7 @@ def _reason_to_stop(
         return f"the stop file {train.stop_file} asked for it"
     if run.progress.step >= train.steps:
         return "the last step is done"
-    if out_of_time(train, run.progress.seconds, seconds):
+    if out_of_time(train, elapsed, expected):
         return f"the time budget of {train.max_minutes:g} minutes is used up"
     return None
 

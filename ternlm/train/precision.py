@@ -7,6 +7,7 @@ import torch
 
 from ternlm.config.section import ConfigError
 from ternlm.config.training import ComputeConfig
+from ternlm.ops.attention import has_fused_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(
             f"compute.device = {name!r} can't be used here ({first}); set compute.device=auto"
         ) from reason
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinning memory and asking for abilities concern the current device
     return device
 
 
@@ -38,6 +41,15 @@ def choose_dtype(compute: ComputeConfig, device: torch.device) -> torch.dtype:
     dtype = torch.bfloat16 if _fast_bfloat16(device) else torch.float32
     logger.info("compute.dtype = auto: %s, since %s is fast at it", str(dtype).removeprefix("torch."), device.type)
     return dtype
+
+
+def warn_of_slow_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """Say so where packed documents can't have the fast attention kernel."""
+    if device.type == "cuda" and (dtype == torch.float32 or not has_fused_kernel(device)):
+        logger.warning(
+            "attention over packed documents builds masks of seq_len x seq_len: the fast kernel takes bfloat16 or "
+            "float16 on GPUs of compute capability 8.0 and above"
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

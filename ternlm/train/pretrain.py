@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 
 from ternlm.config import Config, render
-from ternlm.config.section import ConfigError
+from ternlm.config.section import ConfigError, UserError
 from ternlm.data.atomic import write_atomically
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.model.decoder import CausalLM
 from ternlm.monitor.peak import device_peak
 from ternlm.monitor.sinks import open_sinks
+from ternlm.train.lock import run_lock
 from ternlm.train.loop import Every, train_loop
 from ternlm.train.report import Reporter
 from ternlm.train.run import Run, set_up
@@ -30,18 +32,39 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     """
     if config.sample.every_steps and continue_texts is None:
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
-    run = set_up(config, resume)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / "config.toml", render(config).encode())
-    if run.progress.step >= config.train.steps:
-        logger.info("%s is complete: %d of %d steps", run.folder, run.progress.step, config.train.steps)
-        run.loader.close()
-        return run
-    budget = config.train.max_minutes * 60 if config.train.max_minutes else None
-    sinks = open_sinks(config.monitor, run.folder, config.train.steps, run.progress.step, budget)
-    with closing(Reporter(run, sinks, _peak_tflops(run))) as reporter, closing(run.loader):
-        train_loop(run, run.loader, reporter, _extras(run, reporter, continue_texts))
+    with run_lock(Path(config.out)):
+        run = set_up(config, resume)
+        _check_samples(run)
+        write_atomically(run.folder / "config.toml", render(config).encode())
+        if run.progress.step >= config.train.steps:
+            run.stopped = f"it is complete: {run.progress.step} of {config.train.steps} steps"
+            logger.info("%s: %s", run.folder, run.stopped)
+            run.loader.close()
+            return run
+        budget = config.train.max_minutes * 60 if config.train.max_minutes else None
+        sinks = open_sinks(config.monitor, run.folder, config.train.steps, run.progress.step, budget)
+        with closing(Reporter(run, sinks, _peak_tflops(run))) as reporter, closing(run.loader):
+            train_loop(run, run.loader, reporter, _extras(run, reporter, continue_texts))
     return run
+
+
+def _check_samples(run: Run) -> None:
+    """Refuse prompts that could not be continued, before hours have gone into training."""
+    sample, model = run.config.sample, run.config.model
+    if not sample.every_steps:
+        return
+    if run.tokenizer is None:
+        raise ConfigError("sample.every_steps needs a tokenizer, which the data don't tell; set data.tokenizer")
+    for prompt in sample.prompts:
+        length = len(run.tokenizer.encode(prompt)) + (run.tokenizer.bos_id is not None)
+        if not length:
+            raise ConfigError(f"sample.prompts: {prompt!r} has no token and the tokenizer no bos; give it some text")
+        longest = model.max_position_embeddings
+        if length + sample.max_new_tokens > longest and model.rope_scaling.kind == "default":
+            raise ConfigError(
+                f"sample.prompts: {prompt!r} has {length} tokens, which with sample.max_new_tokens = "
+                f"{sample.max_new_tokens} exceed model.max_position_embeddings = {longest}; shorten one of them"
+            )
 
 
 def _peak_tflops(run: Run) -> float:
@@ -60,7 +83,12 @@ def _extras(run: Run, reporter: Reporter, continue_texts: Continue | None) -> li
     if sample.every_steps and continue_texts is not None:
 
         def act() -> dict[str, float]:
-            for prompt, text in zip(sample.prompts, sample_texts(run, continue_texts), strict=True):
+            try:
+                texts = sample_texts(run, continue_texts)
+            except UserError as trouble:  # such as logits that aren't finite, which training itself deals with
+                logger.warning("no samples after step %d: %s", run.progress.step, trouble)
+                return {}
+            for prompt, text in zip(sample.prompts, texts, strict=True):
                 reporter.text(f"sample/{prompt}", text)
             return {}
 

@@ -7,6 +7,8 @@ Everything goes through the same functions as a real run: tokenizer, shards, `pr
 import hashlib
 import json
 import lzma
+import math
+import shlex
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from ternlm.train.validate import validate
 VOCAB_SIZE = 2048
 PROMPTS = ("def read_file(path", "class Queue:\n", "import os\nimport sys\n", '"""Return the ')
 _HELD_OUT_ONE_IN = 25
+_BUDGET = 1.5
+"""Of the minutes asked for, what training may take at most: the speed measured before it is an estimate."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ def quickstart(out: Path, minutes: float, threads: int, continue_texts: Continue
     console.rule("[bold]2. Pretraining")
     config, before = _plan(out, minutes, threads, console)
     run = pretrain(config, "auto", continue_texts)
+    if run.stopped and run.stopped.startswith("received"):
+        _show_how_to_go_on(console, run, config)
+        return run
     console.rule("[bold]3. What it learnt")
     after = validate(run)["validation_bpb/stdlib"]
     _show_result(console, run, before, after, corpus)
@@ -59,7 +66,9 @@ def quickstart(out: Path, minutes: float, threads: int, continue_texts: Continue
 def find_corpus(library: Path) -> Corpus:
     """List the library's Python files, split by a hash of their names."""
     packages = {"site-packages", "dist-packages"}  # what users installed is not the library
-    files = sorted(p for p in library.rglob("*.py") if packages.isdisjoint(p.parts) and _is_text(p))
+    files = sorted(
+        p for p in library.rglob("*.py") if packages.isdisjoint(p.relative_to(library).parts) and _is_text(p)
+    )
     if len(files) < 100:
         raise ConfigError(
             f"{library} holds {len(files)} Python files; quickstart needs a Python with its library's source: "
@@ -77,7 +86,6 @@ def quickstart_config(out: Path, steps: int, minutes: float, threads: int) -> Co
     """Return the settings; sizes and rates were chosen by trying (docs/log.md)."""
     return config_from_dict(
         {
-            "name": "quickstart",
             "out": str(out),
             "model": {
                 "vocab_size": VOCAB_SIZE,
@@ -95,7 +103,7 @@ def quickstart_config(out: Path, steps: int, minutes: float, threads: int) -> Co
                 "validation": [{"name": "stdlib", "path": str(out / "data" / "held_out")}],
             },
             "batch": {"global_sequences": 8, "microbatch_sequences": 8},
-            "train": {"steps": steps, "max_minutes": 1.5 * minutes},
+            "train": {"steps": steps, "max_minutes": _BUDGET * minutes},
             "optimizer": {"kind": "muon", "lr": 6e-3, "muon_lr": 0.03},
             "schedule": {"kind": "wsd", "warmup_fraction": 0.02, "decay_fraction": 0.6},
             "compute": {"threads": threads},
@@ -109,6 +117,8 @@ def _is_text(path: Path) -> bool:
     try:
         return bool(path.read_text(encoding="utf-8").strip())
     except UnicodeDecodeError:  # the library has some, to test encodings
+        return False
+    except OSError:  # not everyone's to read, or a link to nowhere
         return False
 
 
@@ -129,6 +139,7 @@ def _plan(out: Path, minutes: float, threads: int, console: Console) -> tuple[Co
     notes = out / "quickstart.json"
     if notes.exists():
         config = load_config(out / "config.toml")
+        _tell_what_is_kept(config, minutes, threads, console)
         return config, json.loads(notes.read_text())["bpb_before"]
     started = time.monotonic()
     probe = set_up(quickstart_config(out, 1000, minutes, threads), "never")
@@ -146,6 +157,34 @@ def _plan(out: Path, minutes: float, threads: int, console: Console) -> tuple[Co
     write_atomically(out / "config.toml", render(config).encode())
     write_atomically(notes, json.dumps({"bpb_before": before}).encode())
     return config, before
+
+
+def _tell_what_is_kept(config: Config, minutes: float, threads: int, console: Console) -> None:
+    asked = {"minutes": minutes, "threads": threads}
+    for option, kept in _options_of(config).items():
+        if not math.isclose(kept, asked[option]):
+            console.print(
+                f"{config.out} goes on as it began, with --{option} {kept:g}, not {asked[option]:g}; "
+                "for other settings choose another --out",
+                highlight=False,
+                markup=False,
+            )
+
+
+def _options_of(config: Config) -> dict[str, float]:
+    """Return the command line's numbers that led to these settings."""
+    return {"minutes": (config.train.max_minutes or 0.0) / _BUDGET, "threads": config.compute.threads}
+
+
+def _show_how_to_go_on(console: Console, run: Run, config: Config) -> None:
+    options = " ".join(f"--{option} {value:g}" for option, value in _options_of(config).items())
+    console.print(
+        f"saved at step {run.progress.step} of {config.train.steps}; to go on:\n"
+        f"  tern quickstart {options} --out {shlex.quote(config.out)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _show_result(console: Console, run: Run, before: float, after: float, corpus: Corpus) -> None:

@@ -38,14 +38,18 @@ class Reporter:
             run.config.train.steps, peak_tflops=peak_tflops, max_seconds=budget * 60 if budget else None
         )
 
-    def report(self, facts: StepFacts | None, seconds: float, extra: dict[str, float]) -> None:
-        """Report the step just done, None if it was passed over; `extra` metrics are always written."""
+    def report(self, facts: StepFacts | None, seconds: float, extra: dict[str, float], last: bool) -> None:
+        """Report the step just done, None if it was passed over.
+
+        Written every `monitor.every_steps`, after the last step of this process (`last`), and where there are `extra`
+        metrics.
+        """
         step = self._run.progress.step
         if facts is None:
             due, metrics = False, {}
         else:
             self._record(facts, seconds)
-            due = step % self._run.config.monitor.every_steps == 0 or step == self._run.config.train.steps
+            due = last or step % self._run.config.monitor.every_steps == 0
             metrics = self._metrics(facts) if due else {}
         if due or extra:
             for sink in self._sinks:
@@ -55,6 +59,11 @@ class Reporter:
         """Hand a text, such as a sample, to the sinks."""
         for sink in self._sinks:
             sink.text(self._run.progress.step, name, text)
+
+    def sync(self) -> None:
+        """Let the sinks make last what they recorded; to be called before a checkpoint of this moment is saved."""
+        for sink in self._sinks:
+            sink.sync()
 
     def close(self) -> None:
         """Close the sinks."""
@@ -86,5 +95,5 @@ class Reporter:
         metrics["train/tokens"] = progress.tokens
         metrics["train/sequences"] = sum(len(batch.tokens_BT) for batch in facts.microbatches)
         metrics["train/skipped"] = progress.skipped
-        metrics["memory/peak_gib"] = peak_memory(run.device).num_bytes / 2**30
+        metrics["memory/peak_gib"] = peak_memory(run.device) / 2**30
         return metrics | self._throughput.metrics(progress.step, progress.seconds)

@@ -1,5 +1,6 @@
 """Everything one training run holds, and how it is set up, resumed and saved."""
 
+import hashlib
 import logging
 import platform
 from contextlib import AbstractContextManager
@@ -21,14 +22,14 @@ from ternlm.config.section import ConfigError
 from ternlm.data.loader import Loader, ValidationBatches, validation_batches
 from ternlm.data.shards import MANIFEST
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
-from ternlm.model.decoder import CausalLM, build_model
+from ternlm.model.decoder import CausalLM, build_empty_model
 from ternlm.model.init import init_weights
 from ternlm.monitor.health import SpikeRule
 from ternlm.optim.groups import build_optimizers
 from ternlm.optim.scaler import LossScaler
-from ternlm.parallel.apply import prepare_model
+from ternlm.parallel.apply import prepare_model, wants_compile
 from ternlm.train.objective import LossFn, next_token_loss
-from ternlm.train.precision import autocast, choose_device, choose_dtype
+from ternlm.train.precision import autocast, choose_device, choose_dtype, warn_of_slow_attention
 from ternlm.train.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Run:
     progress: Progress
     scaler: LossScaler | None
     spikes: SpikeRule
+    stopped: str | None = None
+    """Why training ended; None before and while it goes on."""
 
     @property
     def folder(self) -> Path:
@@ -74,6 +77,7 @@ class Run:
             "data": self.loader.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "spikes": self.spikes.state_dict(),
+            "sources": _describe_sources(self.loader),
             "model": self.config.model.model_dump(mode="json", exclude_none=True),
             "tokenizer": {"fingerprint": self.tokenizer.fingerprint if self.tokenizer else None},
             "versions": {
@@ -95,13 +99,18 @@ def set_up(config: Config, resume: str = "auto") -> Run:
     device = choose_device(config.compute.device)
     if config.compute.threads:
         torch.set_num_threads(config.compute.threads)
+    compile_blocks = wants_compile(config.compute, device)
     tokenizer = find_tokenizer(config.data)
+    _check_tokenizer_fits(tokenizer, config)
     loader, held_out = _open_data(config, tokenizer, pin=device.type == "cuda")
     if checkpoint or config.load.checkpoint:
         start = checkpoint or Path(config.load.checkpoint or "")
         check_same_model(start, config.model, tokenizer.fingerprint if tokenizer else None)
+        if checkpoint:
+            _check_same_optimizer(checkpoint, config)
     dtype = choose_dtype(config.compute, device)
-    model = _build(config, device)
+    warn_of_slow_attention(device, dtype)
+    model = _build(config, device, compile_blocks)
     run = Run(
         config=config,
         device=device,
@@ -149,27 +158,62 @@ def _open_data(config: Config, tokenizer: Tokenizer | None, pin: bool) -> tuple[
 
 
 def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
-    steps = complete_steps(out)
+    newest = find_checkpoint(out) if complete_steps(out) else None
+    if resume == "auto":
+        return newest
     if resume == "never":
-        if steps:
+        if newest:
             raise ConfigError(
-                f"out = {str(out)!r} already holds checkpoints (newest: step {steps[-1]}) and --resume is never; "
+                f"out = {str(out)!r} already holds checkpoints (newest: {newest.name}) and --resume is never; "
                 "choose another out, or resume with --resume auto"
             )
         return None
-    if resume == "auto":
-        return find_checkpoint(out) if steps else None
-    return find_checkpoint(Path(resume))
+    chosen = find_checkpoint(Path(resume))
+    if newest and newest.resolve() != chosen.resolve():
+        raise ConfigError(
+            f"--resume {resume} means {chosen}, but out = {str(out)!r} already holds {newest.name}, which would be "
+            "lost; choose another out, or go on from the newest with --resume auto"
+        )
+    return chosen
 
 
-def _build(config: Config, device: torch.device) -> CausalLM:
-    with torch.device("meta"):
-        model = build_model(config.model)
-    model.to_empty(device=device)
-    if config.model.tie_word_embeddings:  # to_empty has made two tensors of the one
-        model.lm_head.weight = model.model.embed_tokens.weight
+def _check_tokenizer_fits(tokenizer: Tokenizer | None, config: Config) -> None:
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} must be at least the tokenizer's {tokenizer.vocab_size}; "
+            f"set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+
+
+def _check_same_optimizer(checkpoint: Path, config: Config) -> None:
+    kind = _saved_config(checkpoint).optimizer.kind
+    if kind != config.optimizer.kind:
+        raise CheckpointError(
+            f"{checkpoint} was trained with optimizer.kind = {kind}, whose state {config.optimizer.kind} can't use; "
+            f"set optimizer.kind={kind}, or start a new run from its weights: load.from={checkpoint} and another out"
+        )
+
+
+def _describe_sources(loader: Loader) -> dict[str, dict[str, Any]]:
+    """Tell the data apart from other data under the same path."""
+    return {
+        source.name: {
+            "documents": source.store.num_documents,
+            "tokens": source.store.num_tokens,
+            "manifest": _hash_of(source.store.path / MANIFEST),
+        }
+        for source in loader.sources
+    }
+
+
+def _hash_of(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _build(config: Config, device: torch.device, compile_blocks: bool) -> CausalLM:
+    model = build_empty_model(config.model, device)
     init_weights(model, config.model, config.seed)
-    prepare_model(model, list(model.model.layers), config.compute, device)
+    prepare_model(model, list(model.model.layers), config.compute, compile_blocks)
     return model
 
 
@@ -177,6 +221,9 @@ def _resume(run: Run, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     for line in diff(_saved_config(checkpoint), run.config):
         logger.warning("changed since the checkpoint: %s", line)
+    for name, source in _describe_sources(run.loader).items():
+        if state["sources"].get(name, source) != source:
+            logger.warning("the data of source %r has changed since the checkpoint: the order won't be the same", name)
     load_everything(run.model, run.optimizers, checkpoint)
     run.progress = Progress.from_state_dict(state["progress"])
     run.loader.load_state_dict(state["data"])

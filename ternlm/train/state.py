@@ -19,7 +19,7 @@ class Progress:
     skipped_in_row: int = 0
     """How many of the newest steps were skipped."""
     seconds: float = 0.0
-    """Time spent in training steps."""
+    """Time spent in the training loop, validation and saving included."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for a checkpoint."""

@@ -1,17 +1,17 @@
 """One optimizer step: gradients of the global batch's mean loss, then a guarded update."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ternlm.data.batch import Batch
 from ternlm.model.decoder import CausalLM
 from ternlm.ops.attention import make_segment_attend
-from ternlm.optim.clip import clip_gradients, gradient_norm
+from ternlm.optim.clip import gradient_norm, scale_gradients
 from ternlm.train.objective import Loss, LossFn
 
 
@@ -22,7 +22,9 @@ class BatchLoss:
     mean: float
     """Objective per trained token."""
     count: float
-    """Trained tokens."""
+    """What the loss function counted: trained tokens."""
+    divisor: float
+    """What the gradients are still to be divided by."""
     metrics: dict[str, list[float]]
     """The loss function's sums over the batch, by data type."""
 
@@ -43,47 +45,49 @@ def accumulate_gradients(
     autocast: Callable[[], AbstractContextManager[object]],
     scale: float = 1.0,
 ) -> BatchLoss:
-    """Add to the gradients those of the global batch's mean loss, times `scale`.
+    """Add to the gradients those of the global batch's mean loss, times the result's `divisor`.
 
-    The mean is over all microbatches' trained tokens, so that accumulating equals one big batch.
+    The mean is over what the loss function counted in all microbatches, so that accumulating equals one big batch;
+    the count is known only after the last of them, and `update_weights` divides by it.
     """
-    count = sum(float(batch.weights_BT.sum()) for batch in microbatches)
+    # Sums over thousands of tokens would leave float16's range, so a constant of their size divides them at once.
+    constant = scale / max(sum(batch.tokens_BT.numel() for batch in microbatches), 1)
     losses = []
     for batch in microbatches:
         with autocast():
             loss = forward_loss(model, loss_fn, batch, device)
-        (loss.total * (scale / max(count, 1.0))).backward()
+        (loss.total * constant).backward()
         losses.append(Loss(loss.total.detach(), loss.tokens, loss.metrics))
-    return read_losses(losses)
+    return read_losses(losses, constant)
 
 
-def read_losses(losses: Sequence[Loss]) -> BatchLoss:
-    """Add up microbatches' losses and read them back from the device, once."""
+def read_losses(losses: Sequence[Loss], constant: float = 1.0) -> BatchLoss:
+    """Add up microbatches' losses and read them back from the device.
+
+    constant: what their totals were multiplied with before backward.
+    """
     count = float(torch.stack([loss.tokens for loss in losses]).sum())
     total = float(torch.stack([loss.total.double() for loss in losses]).sum())
-    sums = {name: sum_all([loss.metrics[name] for loss in losses]).tolist() for name in losses[0].metrics}
-    return BatchLoss(total / max(count, 1.0), count, sums)
-
-
-def sum_all(tensors: Sequence[Tensor]) -> Tensor:
-    """Add tensors of one shape."""
-    return torch.stack(list(tensors)).sum(0)
+    sums = {name: torch.stack([loss.metrics[name] for loss in losses]).sum(0).tolist() for name in losses[0].metrics}
+    return BatchLoss(total / max(count, 1.0), count, constant * count, sums)
 
 
 def update_weights(
-    model: CausalLM, optimizers: Sequence[Optimizer], clip_norm: float, scale: float = 1.0, apply: bool = True
+    model: CausalLM,
+    optimizers: Sequence[Optimizer],
+    clip_norm: float,
+    divisor: float = 1.0,
+    apply: bool = True,
 ) -> float:
-    """Unscale, measure, clip and apply the gradients, then clear them; return their norm.
+    """Divide, clip and apply the gradients, then clear them; return the norm of the divided ones.
 
     Where the norm isn't finite, or `apply` is false, the weights stay as they are.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    if scale != 1.0:
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale)
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(parameters) / divisor
     value = float(norm)
-    if apply and torch.isfinite(norm):
-        clip_gradients(parameters, norm, clip_norm)
+    if apply and math.isfinite(value):
+        scale_gradients(parameters, norm, divisor, clip_norm)
         for optimizer in optimizers:
             optimizer.step()
     for optimizer in optimizers:

@@ -34,25 +34,27 @@ class StopSignals:
 class StopFile:
     """The ancestor's stop file: a step N written into it means save and stop at N; -N, save at N and go on."""
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, step: int) -> None:
+        """step: steps already done; a request that a run before this one has fulfilled is taken back."""
         self.path = Path(path) if path else None
-        if self.path and not self.path.exists():
+        if self.path and (not self.path.exists() or 0 < abs(self._asked()) <= step):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("0\n")
 
     def asks(self, step: int) -> str | None:
         """Return "stop" or "save" where the file asks for it after `step` steps."""
-        if self.path is None:
-            return None
-        try:
-            asked = int(self.path.read_text().strip() or 0)
-        except (OSError, ValueError):
-            return None  # absent, or being written at this moment: look again after the next step
+        asked = self._asked()
         if asked > 0 and step >= asked:
             return "stop"
         return "save" if asked < 0 and step == -asked else None
 
+    def _asked(self) -> int:
+        try:
+            return int(self.path.read_text().strip() or 0) if self.path else 0
+        except (OSError, ValueError):
+            return 0  # absent, or being written at this moment: looked at again after the next step
 
-def out_of_time(train: TrainConfig, seconds: float, step_seconds: float) -> bool:
-    """Whether another step like the last would exceed the time budget."""
-    return train.max_minutes is not None and seconds + step_seconds > train.max_minutes * 60
+
+def out_of_time(train: TrainConfig, seconds: float, step_seconds: float = 0.0) -> bool:
+    """Whether another step of `step_seconds` would exceed the time budget, `seconds` of which are gone."""
+    return train.max_minutes is not None and seconds + step_seconds >= train.max_minutes * 60

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ternlm.config import Config, ConfigError, config_from_dict, config_to_dict, list_recipes, load_config
 
 RECIPE = """
-name = "small"
+out = "small"
 [model]
 preset = "tiny"
 [data]
@@ -39,9 +39,8 @@ def wrong(recipe: Path, *overrides: str) -> str:
 
 def test_a_recipe_fills_in_preset_and_defaults(recipe: Path) -> None:
     config = load_config(recipe)
-    assert (config.name, config.model.hidden_size, config.optimizer.betas) == ("small", 64, (0.9, 0.95))
+    assert (config.out, config.model.hidden_size, config.optimizer.betas) == ("small", 64, (0.9, 0.95))
     assert config.data.sources[1].weight == 3.5
-    assert config.tokens_per_step == 512
 
 
 def test_a_recipe_overrides_its_preset(recipe: Path) -> None:
@@ -57,10 +56,10 @@ def test_a_recipe_overrides_its_preset(recipe: Path) -> None:
         ("optimizer.lr=1", "optimizer.lr", 1.0),
         ("optimizer.betas=[0.8, 0.9]", "optimizer.betas", (0.8, 0.9)),
         ("optimizer.decay_all=true", "optimizer.decay_all", True),
-        ("name=bigger run", "name", "bigger run"),
-        ('name="5"', "name", "5"),
-        ("name=a=b", "name", "a=b"),
-        ("name=5\nseed = 3", "name", "5\nseed = 3"),
+        ("out=bigger run", "out", "bigger run"),
+        ('out="5"', "out", "5"),
+        ("out=a=b", "out", "a=b"),
+        ("out=5\nseed = 3", "out", "5\nseed = 3"),
         ("model.rope_scaling.kind=linear", "model.rope_scaling.kind", "linear"),
         ("batch.rampup={start=2, increment=2, every=5}", "batch.rampup.every", 5),
         ("load.from=runs/x", "load.checkpoint", "runs/x"),
@@ -95,7 +94,7 @@ def test_the_last_override_wins(recipe: Path) -> None:
         ("train.steps", "must look like section.field=value"),
         ("train..steps=3", "must look like section.field=value"),
         ("seed=1", None),
-        ("name.first=x", "there is no first in a value, 'small'"),
+        ("out.first=x", "there is no first in a value, 'small'"),
         ("data.sources.9.weight=2", "there is no 9 in a list of 2; give a number from 0, or 2 to append"),
         ("data.sources.en.weight=2", "there is no en in a list of 2"),
         ("optimizer.betas=[0.9,", "not TOML"),
@@ -124,7 +123,7 @@ def test_an_override_that_cannot_be_applied_is_named(recipe: Path, override: str
         ("optimizer.lr=inf", "optimizer.lr = Infinity must be a finite number"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 = 1.0 must be less than 1"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing"),
-        ("name=5", "name = 5 must be text in quotes"),
+        ("out=5", "out = 5 must be text in quotes"),
         ("optimizer.decay_all=1", "optimizer.decay_all = 1 must be true or false"),
         ("model=7", "model = 7 must be a table of settings"),
         ("data.sources=en", 'data.sources = "en" must be a list'),
@@ -144,6 +143,27 @@ def test_an_override_that_cannot_be_applied_is_named(recipe: Path, override: str
         ("data.validation=[{name='v', path='v', weight=1}]", "'v' has a weight"),
         ("validation.every_steps=5", "there is nothing to validate on"),
         ("sample.every_steps=5", "give at least one prompt"),
+        (
+            "optimizer.muon_lr=0.1",
+            "optimizer: muon_lr = 0.1 has no effect with kind = 'adamw'; leave it at its default, 0.02, or set kind to "
+            "'muon'",
+        ),
+        ("optimizer.muon_momentum=0.9", "muon_momentum = 0.9 has no effect with kind = 'adamw'"),
+        ("schedule={kind='constant', min_lr=0.1}", "min_lr = 0.1 has no effect with kind = 'constant'"),
+        ("schedule.decay_fraction=0.5", "decay_fraction = 0.5 has no effect with kind = 'cosine'"),
+        ("model.init.std=0.01", "std = 0.01 has no effect with kind = 'internlm'"),
+        (
+            "model.rope_scaling={kind='linear', attention_factor=1.5}",
+            "attention_factor = 1.5 has no effect with kind = 'linear'; leave it out, or set kind to 'yarn'",
+        ),
+        ("model.rope_scaling={kind='dynamic', beta_fast=40}", "beta_fast = 40.0 has no effect with kind = 'dynamic'"),
+        (
+            "model.rope_scaling={kind='linear', original_max_position_embeddings=9}",
+            "original_max_position_embeddings = 9 has no effect with kind = 'linear'",
+        ),
+        ("compute.recompute_keep=matmuls", "recompute_keep = 'matmuls' has no effect with recompute = 0"),
+        ("train.spike_window=5", "spike_window = 5 has no effect with spike = 'off'"),
+        ("sample.prompts=['x']", "prompts = ['x'] has no effect with every_steps = 0; leave it at its default, [], or"),
     ],
 )
 def test_a_broken_rule_tells_name_value_and_rule(recipe: Path, override: str, told: str) -> None:
@@ -192,12 +212,12 @@ def test_missing_settings_are_told_with_their_meaning() -> None:
 
 def test_bad_toml_is_told_by_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text("name = 'x'\nseed = = 3\n")
+    path.write_text("out = 'x'\nseed = = 3\n")
     assert wrong(path).startswith(f"{path}:2: not TOML: Invalid value")
-    path.write_text("name = 'x'\nseed = [1,")
+    path.write_text("out = 'x'\nseed = [1,")
     assert wrong(path).startswith(f"{path}:2: not TOML: ")
-    path.write_bytes(b"name = '\xff'")
-    assert wrong(path) == f"{path}: not UTF-8 text at byte 8; save it as UTF-8"
+    path.write_bytes(b"out = '\xff'")
+    assert wrong(path) == f"{path}: not UTF-8 text at byte 7; save it as UTF-8"
 
 
 def test_recipes_are_found_by_bare_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +242,11 @@ def test_a_config_and_its_table_are_equal(recipe: Path) -> None:
     assert table["load"] == {"from": "runs/x"}
     assert "tokenizer" not in table["data"]
     assert config_from_dict(table) == config
+
+
+def test_a_setting_without_effect_is_let_through_at_its_default(recipe: Path) -> None:
+    given = ["optimizer.muon_lr=0.02", "schedule.decay_fraction=0.2", "model.init.std=0.02", "sample.prompts=[]"]
+    assert load_config(recipe, given) == load_config(recipe)
 
 
 def test_an_explicit_none_leaves_the_preset_value(recipe: Path) -> None:

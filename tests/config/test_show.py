@@ -65,16 +65,16 @@ number = st.floats(min_value=0, max_value=1e300, exclude_min=True)
 
 
 @settings(max_examples=100, deadline=None)
-@given(text, text, st.lists(text, max_size=3), number, number, st.integers(0, 2**63 - 1), st.booleans())
+@given(text, text, st.lists(text, min_size=1, max_size=3), number, number, st.integers(0, 2**63 - 1), st.booleans())
 def test_what_is_rendered_reads_back_as_the_same(
-    name: str, path: str, prompts: list[str], lr: float, weight: float, seed: int, flag: bool
+    out: str, path: str, prompts: list[str], lr: float, weight: float, seed: int, flag: bool
 ) -> None:
     before = config(
-        name=name,
+        out=out,
         seed=seed,
         data={"sources": [{"name": n, "path": path, "weight": weight} for n in ("en", "code")]} | {"seq_len": 64},
         optimizer={"lr": lr, "decay_all": flag},
-        sample={"prompts": prompts},
+        sample={"every_steps": 5, "prompts": prompts},
         load={"from": path},
     )
     assert config_from_dict(tomllib.loads(render(before))) == before
@@ -84,7 +84,7 @@ def test_what_is_rendered_reads_back_as_the_same(
     "value", ['"', "\\", "\n", "\r\n", "\t", "\x00", "\x1f", "\x7f", "\u2028", "é", "中文", "🐦", "'''", "#"]
 )
 def test_odd_characters_survive(value: str) -> None:
-    before = config(sample={"prompts": [value, f"a{value}b"]})
+    before = config(sample={"every_steps": 5, "prompts": [value, f"a{value}b"]})
     assert config_from_dict(tomllib.loads(render(before))) == before
 
 
@@ -104,13 +104,14 @@ def test_diff_lists_what_changed() -> None:
             "sources": [{"name": "en", "path": "data/en"}, {"name": "cn", "path": "data/cn"}],
         },
         batch={"global_sequences": 8, "rampup": {"start": 2, "increment": 2, "every": 3}},
-        sample={"prompts": ["x"]},
+        sample={"every_steps": 5, "prompts": ["x"]},
     )
     assert diff(a, a) == []
     assert diff(a, b) == [
         "seed: 1234 -> 7",
         'model.rope_scaling.kind: "default" -> "linear"',
         "model.rope_scaling.factor: 1.0 -> 2.0",
+        "sample.every_steps: 0 -> 5",
         'sample.prompts: [] -> ["x"]',
         'data.sources.1.name: not set -> "cn"',
         'data.sources.1.path: not set -> "data/cn"',

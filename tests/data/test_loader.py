@@ -92,6 +92,12 @@ def data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("ternlm-data")]
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("packing", ["documents", "across", "pad"])
 def test_the_ranks_batches_in_a_row_are_the_one_global_batch_of_any_world_size(corpora, world, packing):
@@ -242,13 +248,15 @@ def test_no_thread_outlives_a_loader_that_is_garbage_collected(corpora):
 
 
 def test_the_wait_is_the_time_a_step_spent_without_its_data(corpora, monkeypatch):
-    before_each_read(monkeypatch, lambda first: time.sleep(0.05))
+    slept: list[int] = []
+    before_each_read(monkeypatch, lambda first: (time.sleep(0.1), slept.append(first)))
     with Loader(settings(corpora), BATCH, 7, VOCAB) as loader:
         next(loader)
-        assert loader.wait_seconds >= 0.2
-        time.sleep(0.6)
+        waited = loader.wait_seconds
+        assert waited > 0.3  # 4 microbatches, one after the other
+        wait_until(lambda: len(slept) == 8)
         next(loader)
-        assert loader.wait_seconds < 0.1
+        assert loader.wait_seconds < waited / 2
 
 
 def test_while_a_step_trains_the_whole_next_one_is_read(corpora, monkeypatch):
@@ -256,9 +264,7 @@ def test_while_a_step_trains_the_whole_next_one_is_read(corpora, monkeypatch):
     before_each_read(monkeypatch, read_firsts.append)
     with Loader(settings(corpora, prefetch=1), BATCH, 7, VOCAB) as loader:
         next(loader)
-        deadline = time.monotonic() + 10
-        while len(read_firsts) < 8 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(read_firsts) >= 8)
     assert read_firsts == list(range(0, 16, 2))
 
 
@@ -318,10 +324,7 @@ def test_an_id_outside_the_vocabulary_is_refused_with_its_source_and_document(tm
     write_manifest(tmp_path / "en", [writer.close()], tokenizer=tokenizer, num_bytes=0, options={})
     data = DataConfig(sources=(SourceConfig(name="en", path=str(tmp_path / "en")),), seq_len=4)
     message = r"'en', .*shard-00000\.tokens, document 2: token id 500 is not below .*vocab_size = 100"
-    with (
-        Loader(data, BatchConfig(global_sequences=3), 7, 100) as loader,
-        pytest.raises(DataError, match=message),
-    ):
+    with Loader(data, BatchConfig(global_sequences=3), 7, 100) as loader, pytest.raises(DataError, match=message):
         next(loader)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ternlm.config.model import PRESETS, ModelConfig
-from ternlm.model.decoder import build_model
+from ternlm.model.decoder import build_empty_model, build_model
 from ternlm.ops.attention import make_segment_attend
 
 CPU = torch.device("cpu")
@@ -102,6 +102,19 @@ def test_the_parameter_count_of_the_settings_is_the_models(preset):
     with torch.device("meta"):
         model = build_model(config)
     assert sum(p.numel() for p in model.parameters()) == config.num_params
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_empty_model_takes_the_weights_of_another_and_ties_the_same(shape):
+    config = ModelConfig(**{"preset": "tiny", **shape})
+    model, empty = random_model(config), build_empty_model(config, CPU)
+    tied = empty.lm_head.weight.data_ptr() == empty.model.embed_tokens.weight.data_ptr()
+    assert tied == config.tie_word_embeddings
+    with torch.no_grad():
+        for name, parameter in empty.named_parameters():
+            parameter.copy_(dict(model.named_parameters())[name])
+    tokens = torch.arange(12)[None]
+    assert torch.equal(logits(model, tokens), logits(empty, tokens))
 
 
 def test_internlm_presets_have_the_published_sizes():

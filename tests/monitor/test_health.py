@@ -31,7 +31,7 @@ def test_a_spike_does_not_enter_the_mean():
 
 
 def test_off_sees_nothing():
-    spikes = rule("off")
+    spikes = SpikeRule(TrainConfig(steps=10))
     assert {spikes.judge(loss) for loss in (1.0, 1.0, 1.0, 1e9)} == {"ok"}
 
 

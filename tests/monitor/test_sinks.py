@@ -1,13 +1,16 @@
 import io
 import json
 import math
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from ternlm.config.section import ConfigError
 from ternlm.config.training import MonitorConfig
+from ternlm.monitor import sinks as sinks_module
 from ternlm.monitor.sinks import JsonlSink, LineSink, ProgressSink, TensorboardSink, open_sinks
 
 METRICS = {
@@ -67,6 +70,36 @@ def test_a_resumed_jsonl_equals_the_uninterrupted_one(tmp_path):
     write_steps(tmp_path / "resumed.jsonl", range(5, 9), resume_step=4)
     assert (tmp_path / "resumed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert [path.name for path in tmp_path.glob("*.tmp")] == []
+
+
+def watch_the_disk(monkeypatch):
+    """Return the list in which the names of files and folders that reach the disk, and renames, are noted."""
+    noted, fsync, replace = [], os.fsync, os.replace
+
+    def note_sync(descriptor):
+        noted.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(old, new):
+        noted.append(f"{old.name} -> {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    return noted
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_the_kept_lines_are_on_the_disk_before_they_replace_the_old_ones(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    write_steps(folder / "metrics.jsonl", range(1, 4))
+    noted = watch_the_disk(monkeypatch)
+    sink = JsonlSink(folder / "metrics.jsonl", resume_step=2)
+    assert noted == ["metrics.jsonl.tmp", "metrics.jsonl.tmp -> metrics.jsonl", "run"]
+    sink.write(3, METRICS)
+    sink.sync()
+    assert noted[3:] == ["metrics.jsonl"]
+    sink.close()
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 2', "中".encode()[:2], b"\0\0\0"])
@@ -130,6 +163,27 @@ def test_a_line_has_all_metrics_where_none_is_brief():
     assert stream.getvalue() == "step=7/100 reward/mean=-12345 reward/max=nan\n"
 
 
+def test_of_fast_steps_a_line_a_second_is_printed_and_the_first_the_last_and_validations(monkeypatch):
+    now, stream = [100.0], io.StringIO()
+    monkeypatch.setattr(sinks_module.time, "monotonic", lambda: now[0])
+    sink = LineSink(30, stream)
+    for step in range(1, 31):
+        sink.write(step, {"loss/total": 1.0} | ({"validation_loss/total": 2.0} if step == 7 else {}))
+        now[0] += 0.25
+    sink.close()
+    printed = [int(line.split("/")[0].removeprefix("step=")) for line in stream.getvalue().splitlines()]
+    assert printed == [1, 5, 7, 11, 15, 19, 23, 27, 30]
+
+
+def test_the_last_line_of_an_interrupted_run_is_printed():
+    stream = io.StringIO()
+    sink = LineSink(100, stream)
+    for step in (1, 2, 3):
+        sink.write(step, {"loss/total": float(step)})
+    sink.close()
+    assert stream.getvalue() == "step=1/100 loss/total=1\nstep=3/100 loss/total=3\n"
+
+
 def bar(max_seconds=None):
     console = Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
     return ProgressSink(100, max_seconds=max_seconds, console=console), console.file
@@ -164,5 +218,6 @@ def test_the_bar_prints_validation_and_text_above_it_untouched():
 def test_the_sinks_are_those_of_the_settings(tmp_path, monitor, kinds):
     sinks = open_sinks(monitor, tmp_path, total_steps=10)
     for sink in sinks:
+        sink.sync()
         sink.close()
     assert [type(sink) for sink in sinks] == kinds

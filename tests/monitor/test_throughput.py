@@ -55,6 +55,15 @@ def test_eta_leaves_out_the_first_step_which_compiles():
     assert speed.metrics(3, 66.0)["time/eta_s"] == 7 * 3
 
 
+@pytest.mark.parametrize("recorded", [49, 50, 51])
+def test_eta_leaves_out_the_first_step_as_long_as_the_window_holds_it(recorded):
+    speed = Throughput(total_steps=100)
+    speed.record(1, seconds=600.0, flops=FLOPS)
+    for _ in range(recorded - 1):
+        speed.record(1, seconds=2.0, flops=FLOPS)
+    assert speed.metrics(recorded, 0.0)["time/eta_s"] == pytest.approx((100 - recorded) * 2)
+
+
 def test_eta_is_never_past_the_time_budget():
     speed = Throughput(total_steps=1000, max_seconds=100.0)
     speed.record(1, seconds=1.0, flops=FLOPS)

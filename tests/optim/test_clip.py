@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ternlm.optim.clip import clip_gradients, gradient_norm
+from ternlm.optim.clip import gradient_norm, scale_gradients
 
 
 def parameters():
@@ -14,15 +14,16 @@ def test_the_norm_is_over_all_gradients():
     assert gradient_norm(parameters()) == pytest.approx(5.0)
 
 
-def test_clipping_scales_all_gradients_to_the_largest_norm():
+@pytest.mark.parametrize("divisor", [1.0, 4.0])
+def test_clipping_scales_all_gradients_to_the_largest_norm(divisor):
     given = parameters()
-    clip_gradients(given, gradient_norm(given), 1.0)
+    scale_gradients(given, gradient_norm(given) / divisor, divisor, 1.0)
     assert gradient_norm(given) == pytest.approx(1.0, rel=1e-5)
     torch.testing.assert_close(given[0].grad, torch.tensor([0.2, 0.4, 0.4]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 6.0])
-def test_smaller_gradients_and_no_clipping_change_nothing(max_norm):
+def test_smaller_gradients_and_no_clipping_only_divide(max_norm):
     given = parameters()
-    clip_gradients(given, gradient_norm(given), max_norm)
-    assert torch.equal(given[0].grad, torch.tensor([1.0, 2.0, 2.0]))
+    scale_gradients(given, gradient_norm(given) / 2, 2.0, max_norm)
+    assert torch.equal(given[0].grad, torch.tensor([0.5, 1.0, 1.0]))

@@ -9,7 +9,7 @@ from ternlm.data.shards import ShardWriter, write_manifest
 VOCAB = 64
 
 
-def write_data(folder, seed=0, documents=120, fingerprint="f"):
+def _write_data(folder, seed=0, documents=120, fingerprint="f"):
     """Documents of 5 to 60 tokens: 0, then a start and a step that foretell the rest."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,7 +24,13 @@ def write_data(folder, seed=0, documents=120, fingerprint="f"):
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data") / "numbers")
+    return _write_data(tmp_path_factory.mktemp("data") / "numbers")
+
+
+@pytest.fixture
+def write_data():
+    """The writer of such data: `(folder, seed=0, documents=120, fingerprint="f") -> folder`."""
+    return _write_data
 
 
 @pytest.fixture

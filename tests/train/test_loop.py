@@ -2,8 +2,9 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
-import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import checkpoint_folder, complete_steps
-from ternlm.config import ConfigError
+from ternlm.config import ConfigError, config_from_dict, config_to_dict
+from ternlm.ops import loss as ops_loss
 from ternlm.train import loop
+from ternlm.train.lock import run_lock
 from ternlm.train.loop import TrainingError
 from ternlm.train.pretrain import pretrain
 from ternlm.train.run import set_up
+from ternlm.train.validate import validate
 
 
 def weights(run):
@@ -138,7 +142,7 @@ def test_a_loss_spike_is_skipped_or_stops(make_config, monkeypatch, action):
 
     def spiking(model, *args):
         loss = real(model, *args)
-        return loss if next(step) != 4 else type(loss)(loss.mean * 10, loss.count, loss.metrics)
+        return loss if next(step) != 4 else replace(loss, mean=loss.mean * 10)
 
     monkeypatch.setattr(loop, "accumulate_gradients", spiking)
     run = pretrain(make_config(train={"spike": action, "spike_window": 3}))
@@ -171,13 +175,89 @@ def test_a_time_budget_saves_and_stops(make_config):
     assert complete_steps(run.folder) == [run.progress.step]
 
 
+def test_a_fulfilled_stop_file_does_not_stop_the_next_start(make_config, tmp_path):
+    path = tmp_path / "stop"
+    config = make_config(train={"stop_file": str(path)})
+    path.write_text("3")
+    assert pretrain(config).progress.step == 3
+    assert pretrain(config).progress.step == 6
+    assert path.read_text() == "0\n"
+
+
+def test_a_used_up_time_budget_trains_nothing_more_and_says_how_to(make_config, caplog):
+    config = make_config(train={"steps": 10**6, "max_minutes": 0.01})
+    step = pretrain(config).progress.step
+    again = pretrain(config)
+    assert again.progress.step == step
+    assert "raise train.max_minutes" in again.stopped
+    more = config_from_dict({**config_to_dict(config), "train": {"steps": step + 2, "max_minutes": 1.0}})
+    assert pretrain(more).progress.step == step + 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_cleanly(make_config, number):
-    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+def test_a_signal_saves_and_stops_cleanly(make_config, monkeypatch, number):
+    real, step = loop.accumulate_gradients, iter(range(100))
+
+    def signalled(*args):
+        if next(step) == 2:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", signalled)
     before = signal.getsignal(number)
     run = pretrain(make_config(train={"steps": 10**6}, checkpoint={"every_steps": 0}))
-    assert complete_steps(run.folder) == [run.progress.step]
+    assert complete_steps(run.folder) == [3]
+    assert run.stopped == f"received {number.name}"
     assert signal.getsignal(number) == before
+
+
+def test_a_run_that_another_process_trains_is_refused(make_config):
+    config = make_config()
+    with run_lock(Path(config.out)), pytest.raises(ConfigError, match="being trained by another process"):
+        pretrain(config)
+    assert pretrain(config).progress.step == 6
+
+
+def test_an_explicit_resume_never_drops_newer_checkpoints(make_config):
+    first = make_config("first", checkpoint={"every_steps": 2, "keep_last": 9})
+    pretrain(first)
+    early = checkpoint_folder(Path(first.out), 2)
+    with pytest.raises(ConfigError, match=r"already holds step-00000006.*would be lost"):
+        pretrain(first, resume=str(early))
+    branch = make_config("branch")
+    resumed = pretrain(branch, resume=str(early))
+    assert records(resumed)[0]["step"] == 3
+    assert_same(resumed, pretrain(first))
+
+
+def test_another_optimizer_is_refused_on_resume_with_both_remedies(make_config):
+    pretrain(make_config(checkpoint={"every_steps": 3}))
+    with pytest.raises(CheckpointError, match=r"set optimizer\.kind=adamw, or start a new run .* load\.from="):
+        pretrain(make_config(optimizer={"kind": "muon"}, train={"steps": 9}))
+
+
+def test_changed_data_under_the_same_path_are_named_on_resume(make_config, write_data, tmp_path, caplog):
+    data = write_data(tmp_path / "numbers")
+    sources = {"sources": [{"name": "numbers", "path": str(data)}]}
+    pretrain(make_config(data=sources))
+    set_up(make_config(data=sources))
+    assert "has changed" not in caplog.text
+    shutil.rmtree(data)
+    write_data(data, seed=1)
+    set_up(make_config(data=sources))
+    assert "the data of source 'numbers' has changed" in caplog.text
+
+
+def test_prompts_that_cannot_be_continued_are_refused_before_training(make_config):
+    sample = {"every_steps": 2, "prompts": ["def "]}
+    with pytest.raises(ConfigError, match=r"set data\.tokenizer"):
+        pretrain(make_config(sample=sample), continue_texts=lambda *args: ["x"])
+
+
+def test_validation_makes_no_gradient_of_the_head(make_config, monkeypatch):
+    run = set_up(make_config(data={"validation_fraction": 0.1}))
+    monkeypatch.setattr(ops_loss, "_add_product_", lambda *args: pytest.fail("a gradient was made for nobody"))
+    assert validate(run)["validation_loss/numbers"] > 0
 
 
 def test_resume_never_refuses_to_mix_two_runs(make_config):
@@ -236,7 +316,7 @@ def test_a_rows_loss_is_that_of_its_documents_alone(make_config, packing):
     mean.backward()
     assert together.mean == pytest.approx(mean.item(), rel=1e-5)
     for name, parameter in run.model.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[name] / together.divisor, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def causal(q, k, v, layer):

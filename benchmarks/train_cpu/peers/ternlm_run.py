@@ -31,6 +31,9 @@ class MarkSteps:
 
     def text(self, step: int, name: str, text: str) -> None: ...
 
+    def sync(self) -> None:
+        """Keep nothing that could be lost."""
+
     def close(self) -> None: ...
 
 

@@ -87,7 +87,7 @@ class DataConfig(Section):
     )
     skip_steps: str = setting(
         "",
-        "steps whose batch is drawn but not trained on, such as '100-200,512' (inclusive)",
+        "steps, counted from 1 as in the metrics, whose batch is passed over, such as '100-200,512' (inclusive)",
         pattern=r"^$|^\d+(-\d+)?(,\d+(-\d+)?)*$",
     )
     workers: int = setting(1, "threads that read and pack batches ahead", gt=0)
@@ -119,10 +119,10 @@ class DataConfig(Section):
 
     @property
     def skipped_ranges(self) -> list[tuple[int, int]]:
-        """First and last step (0-based, both included) of each range in skip_steps."""
+        """First and last step (counted from 1, both included) of each range in skip_steps."""
         parts = (part.partition("-") for part in self.skip_steps.split(",") if part)
         return [(int(first), int(last or first)) for first, _, last in parts]
 
     def skipped(self, step: int) -> bool:
-        """Whether the 0-based `step` is drawn but not trained on."""
+        """Whether the `step`, counted from 1, is passed over."""
         return any(first <= step <= last for first, last in self.skipped_ranges)

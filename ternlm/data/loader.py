@@ -173,7 +173,7 @@ class Loader:
     def _plan(self, threads: ThreadPoolExecutor, step: int, first: int) -> "_Step":
         """Hand this rank's contiguous share of a step to the threads."""
         sequences = self._batch.sequences_at(step)
-        if self._data.skipped(step):
+        if self._data.skipped(step + 1):
             return _Step(sequences, [])
         size = self._batch.microbatch_sequences
         share = sequences // self._world

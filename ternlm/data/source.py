@@ -162,8 +162,12 @@ def open_source(config: SourceConfig, data: DataConfig, *, validation: bool, fra
 def check_tokenizers(sources: Sequence[Source], vocab_size: int, fingerprint: str | None = None) -> None:
     """Refuse sources made by different tokenizers, or by one larger than the model's vocabulary.
 
-    fingerprint: of the tokenizer that the run uses. InternLM .bin files don't say which tokenizer made them.
+    fingerprint: of the tokenizer that the run uses. InternLM .bin files don't say which tokenizer made them; their
+    ids are looked through instead.
     """
+    for source in sources:
+        if isinstance(source.store, InternLMFiles):
+            source.store.check_ids(vocab_size)
     known = [source for source in sources if source.store.fingerprint is not None]
     for source in known:
         store, first = source.store, known[0].store

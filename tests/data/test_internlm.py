@@ -166,3 +166,24 @@ def test_a_malformed_line_is_refused_with_file_line_and_byte(tmp_path, line, mes
     assert data.document(2)[0].tolist() == [1, 2]
     with pytest.raises(DataError, match=rf"a\.bin:2 \(document 1, byte {len(good)}\): .*{message}"):
         data.document(1)
+
+
+@pytest.mark.parametrize("scan_bytes", [1, 7, 4 << 20])
+def test_ids_outside_the_vocabulary_are_found_before_anything_is_read(tmp_path, monkeypatch, scan_bytes):
+    monkeypatch.setattr("ternlm.data.internlm._SCAN_BYTES", scan_bytes)
+    write_bin(tmp_path / "a.bin")
+    write_bin(tmp_path / "b.bin", [[1, 99], [5, -103029, 2]])
+    data = InternLMFiles.open(tmp_path)
+    data.check_ids(103030)
+    with pytest.raises(DataError, match=r"b\.bin:2: token id 103029 is not below the model's vocab_size = 103029"):
+        data.check_ids(103029)
+    with pytest.raises(DataError, match=r"a\.bin:4: token id 103027 .* vocab_size = 5000"):
+        data.check_ids(5000)
+
+
+def test_the_search_for_large_ids_ends_after_its_limit(tmp_path):
+    write_bin(tmp_path / "a.bin", [[1, 2], [70]])
+    data = InternLMFiles.open(tmp_path)
+    data.check_ids(50, max_bytes=20)
+    with pytest.raises(DataError, match="token id 70"):
+        data.check_ids(50)

@@ -94,10 +94,11 @@ class LossConfig(Section):
     label_smoothing: float = setting(0.0, "probability spread evenly over the vocabulary", ge=0, lt=1)
     z_loss: float = setting(0.0, "weight of the squared log-normaliser", ge=0)
     chunk_tokens: int = setting(
-        1024,
-        "tokens whose logits exist at one time; the logits of a whole microbatch never do",
+        0,
+        "tokens whose logits exist at one time; the logits of a whole microbatch never do; 0: as many as make "
+        "128 MiB of float32 logits on a CPU, 1 GiB on a GPU",
         unit="tokens",
-        gt=0,
+        ge=0,
     )
 
 

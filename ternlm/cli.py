@@ -3,10 +3,11 @@
 Packages are imported inside the verbs, so that `tern --help` answers at once.
 """
 
+import errno
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -49,8 +50,16 @@ def main() -> None:
 
         if not isinstance(error, UserError):
             raise
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        _fail(f"{error.filename or 'writing failed'}: {error.strerror}")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    sys.exit(2)
 
 
 class _StderrNow(logging.StreamHandler):
@@ -152,9 +161,14 @@ def generate(
     load_weights(model, checkpoint)
     with autocast(place, choose_dtype(ComputeConfig(dtype=dtype), place)):
         if len(prompt) == 1:
-            typer.echo(prompt[0], nl=False)
-            stream_text(model, tokenizer, prompt[0], params, lambda piece: typer.echo(piece, nl=False))
-            typer.echo()
+            begun: list[str] = []  # the prompt is shown with the first piece, once nothing can be wrong with it
+
+            def show(piece: str) -> None:
+                typer.echo(piece if begun else prompt[0] + piece, nl=False)
+                begun.append(piece)
+
+            stream_text(model, tokenizer, prompt[0], params, show)
+            typer.echo("" if begun else prompt[0])
             return
         for text, continuation in zip(prompt, generate_texts(model, tokenizer, prompt, params), strict=True):
             typer.echo(text + continuation)
@@ -267,6 +281,9 @@ def list_configs() -> None:
     """List the recipes in the folder recipes, each with its first line."""
     from ternlm.config import list_recipes
 
-    for path in list_recipes():
+    recipes = list_recipes()
+    if not recipes:
+        _fail("there is no folder `recipes` here; go to a checkout of TernLM, or to a folder that has one")
+    for path in recipes:
         with path.open(encoding="utf-8") as file:
             typer.echo(f"{path}: {file.readline().lstrip('# ').strip()}")

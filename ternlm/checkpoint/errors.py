@@ -1,7 +1,21 @@
-"""The error of this package."""
+"""The error of this package, and what lies behind one of PyTorch's."""
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ternlm.config.section import UserError
 
 
 class CheckpointError(UserError):
     """A checkpoint can't be written, read or used. The message says which, why and what to do."""
+
+
+def cause_of(trouble: BaseException) -> str:
+    """Return the first line of what went wrong, which DCP hides behind the number of the rank."""
+    if isinstance(trouble, CheckpointException):
+        trouble = next((cause for cause, _ in trouble.failures.values()), trouble)
+    behind: BaseException | None = trouble
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__  # a full disk, say, behind a writer's complaint
+    trouble = behind or trouble
+    lines = str(trouble).strip().splitlines()
+    return f"{type(trouble).__name__}: {lines[0] if lines else 'no more is known'}"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from ternlm.checkpoint.errors import CheckpointError
+from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.save import STATE_FILE
 from ternlm.checkpoint.tensors import model_tensors, one_process, optimizer_tensors, put_optimizer_tensors
@@ -27,8 +27,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """Read the shape of the model in a checkpoint."""
-    # JSON has lists where the settings have tuples and no types to be strict about.
-    return ModelConfig.model_validate(read_state(checkpoint)["model"], strict=False)
+    try:
+        # JSON has lists where the settings have tuples and no types to be strict about.
+        return ModelConfig.model_validate(read_state(checkpoint)["model"], strict=False)
+    except (KeyError, TypeError, ValueError) as trouble:
+        if isinstance(trouble, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{checkpoint}: its {STATE_FILE} doesn't describe a model ({cause_of(trouble)}); take another checkpoint"
+        ) from trouble
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -53,7 +60,8 @@ def check_same_model(checkpoint: Path, model: ModelConfig, tokenizer_fingerprint
     saved = read_model_config(checkpoint)
     # None of these shapes a weight; a longer context may even need another base.
     ignored = {"preset", "init", "max_position_embeddings", "rope_scaling", "rope_theta", "rms_norm_eps"}
-    for name in sorted(set(ModelConfig.model_fields) - ignored):
+    names = [name for name in ModelConfig.model_fields if name not in ignored | {"head_dim"}]
+    for name in (*names, "head_dim"):  # which mostly follows from the others
         theirs, ours = _resolved(saved, name), _resolved(model, name)
         if theirs != ours:
             raise CheckpointError(
@@ -75,16 +83,10 @@ def _resolved(config: ModelConfig, name: str) -> Any:
 
 
 def _load(tensors: dict[str, Any], folder: Path) -> None:
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError(f"{folder}: its file .metadata is missing; take another checkpoint")
     try:
         with one_process():
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, ValueError) as trouble:
-        raise CheckpointError(f"{folder}: can't be loaded ({_cause(trouble)}); take another checkpoint") from trouble
-
-
-def _cause(trouble: BaseException) -> str:
-    """Return the first line of what went wrong, which DCP hides behind the number of the rank."""
-    if isinstance(trouble, CheckpointException):
-        trouble = next((cause for cause, _ in trouble.failures.values()), trouble)
-    lines = str(trouble).strip().splitlines()
-    return f"{type(trouble).__name__}: {lines[0] if lines else 'no more is known'}"
+        raise CheckpointError(f"{folder}: can't be loaded ({cause_of(trouble)}); take another checkpoint") from trouble

@@ -11,8 +11,9 @@ from threading import Thread
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
-from ternlm.checkpoint.errors import CheckpointError
+from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, remove_incomplete, sync
 from ternlm.checkpoint.tensors import copy_to_cpu, one_process
 from ternlm.config.training import CheckpointConfig
@@ -31,7 +32,7 @@ class Saver:
         self.run, self.config = run, config
         self._write_files = write_files
         self._thread: Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Save after `step` steps; returns once the tensors are copied, unless `checkpoint.wait`.
@@ -51,7 +52,7 @@ class Saver:
         self._join()
         if self._failure is not None:
             raise CheckpointError(
-                f"the last save into {self.run} failed: {self._failure}; what was saved before it is complete"
+                f"the last save into {self.run} failed: {cause_of(self._failure)}; what was saved before it is complete"
             ) from self._failure
 
     def _join(self) -> None:
@@ -63,9 +64,9 @@ class Saver:
         started, folder, self._failure = time.monotonic(), checkpoint_folder(self.run, step), None
         try:
             self._write_folder(folder, step, tensors, state)
-        except Exception as failure:
+        except (Exception, CheckpointException) as failure:  # DCP's own isn't an Exception
             self._failure = failure
-            logger.error("saving %s failed: %s", folder, failure)
+            logger.error("saving %s failed: %s", folder, cause_of(failure))
             shutil.rmtree(folder, ignore_errors=True)
             return
         logger.info("saved %s in %.1f s", folder, time.monotonic() - started)

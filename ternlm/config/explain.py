@@ -22,7 +22,7 @@ RULES = {
     "float_type": "must be a number",
     "tuple_type": "must be a list",
     "model_type": "must be a table of settings",
-    "string_type": "must be text in quotes",
+    "string_type": "must be text in quotes (on a command line: 'field=\"value\"')",
 }
 
 

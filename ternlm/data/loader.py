@@ -296,7 +296,7 @@ def _read_window(source: Source, position: int, vocab_size: int) -> Window:
     raise DataError(
         f"source {source.name!r}, {source.store.place(int(window.documents[fragment]))}: token id "
         f"{window.ids[at]} is not below the model's vocab_size = {vocab_size}; the data was made by another "
-        "tokenizer, or is damaged (`ShardSet.verify` checks it)"
+        "tokenizer, or is damaged (`tern data inspect PATH --verify` checks it)"
     )
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -284,8 +285,9 @@ class _HashedFile:
         return self._sha256.hexdigest()
 
     def discard(self) -> None:
-        self._file.close()
-        self._temporary.unlink()
+        with suppress(OSError):  # closing writes what waits, which a full disk refuses again
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

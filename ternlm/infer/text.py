@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ternlm.config.section import ConfigError
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.infer.generate import generate
 from ternlm.infer.sampling import SamplingParams
@@ -76,6 +77,10 @@ class TextStream:
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Encode a prompt as the beginning of a document."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as trouble:
+        raise ConfigError(f"the prompt {prompt!r} isn't valid text ({trouble.reason}); give it as UTF-8") from trouble
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(prompt)
 

@@ -31,19 +31,20 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, max_seconds: float = 0.5) -> DevicePeak:
-    """Time a square matrix product, as large as lets several of them fit into about `max_seconds`.
+    """Time square matrix products of growing sizes, while they fit into about `max_seconds`.
 
-    The fastest counts: on a machine that others use too, a mean or median would be no peak, and MFU too high.
+    The fastest counts: on a machine that others use too, a mean or median would be no peak, and MFU too high; and
+    where a number format is emulated, larger products may be slower than small ones.
     """
-    size = 1024  # smaller products don't reach the peak, and a busy machine spoils a short one
-    seconds = _best_seconds(size, device, dtype)
-    while size < 8192 and 8 * 4 * seconds < max_seconds / 4:  # twice the size takes 8 times as long
+    rates: dict[int, float] = {}
+    size, seconds = 128, 0.0
+    while size < 8192 and 8 * 4 * seconds < max_seconds:  # twice the size takes 8 times as long
         size *= 2
-        seconds = _best_seconds(size, device, dtype)
-    seconds = min(seconds, _best_seconds(size, device, dtype))
+        seconds = min(_best_seconds(size, device, dtype) for _ in range(2))
+        rates[size] = 2 * size**3 / seconds / 1e12
+    best = max(rates, key=rates.__getitem__)
     name = str(dtype).removeprefix("torch.")
-    source = f"measured {size} x {size} matrix product, {name}, {device.type}"
-    return DevicePeak(2 * size**3 / seconds / 1e12, source)
+    return DevicePeak(rates[best], f"measured {best} x {best} matrix product, {name}, {device.type}")
 
 
 def _format_on_cuda(dtype: torch.dtype) -> str:

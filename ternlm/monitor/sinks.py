@@ -10,7 +10,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -96,15 +97,26 @@ class JsonlSink:
 
     def sync(self) -> None:
         """Put what was written on the disk."""
-        os.fsync(self._file.fileno())
+        with self._warned_of_trouble():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._warned_of_trouble():
+            self._file.close()
 
     def _append(self, line: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._warned_of_trouble():
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+
+    @contextmanager
+    def _warned_of_trouble(self) -> Iterator[None]:
+        """Let training go on where its record can't be written, such as on a full disk."""
+        try:
+            yield
+        except OSError as trouble:
+            logger.warning("%s can't be written: %s", self._file.name, trouble.strerror or trouble)
 
 
 class TensorboardSink:
@@ -151,7 +163,8 @@ class LineSink:
     """
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
-        self._total_steps, self._stream = total_steps, stream
+        self._total_steps = total_steps
+        self._stream: TextIO | None = stream
         self._printed_at = -math.inf
         self._held_back: str | None = None
 
@@ -166,7 +179,7 @@ class LineSink:
 
     def text(self, step: int, name: str, text: str) -> None:
         """Print the text below a line that names it."""
-        print(f"step={step}/{self._total_steps} {name}:\n{text}", file=self._stream, flush=True)
+        self._show(f"step={step}/{self._total_steps} {name}:\n{text}")
 
     def sync(self) -> None:
         """Keep nothing: what is printed isn't a record."""
@@ -177,8 +190,17 @@ class LineSink:
             self._print(self._held_back)
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        self._show(line)
         self._printed_at, self._held_back = time.monotonic(), None
+
+    def _show(self, text: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            print(text, file=self._stream, flush=True)
+        except BrokenPipeError:  # whoever read the lines is gone, which is no reason to stop training
+            logger.warning("nobody reads the lines of progress any more; training goes on without them")
+            self._stream = None
 
 
 # The most wanted first: a narrow terminal cuts the end off.

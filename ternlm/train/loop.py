@@ -85,7 +85,10 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
     scale = run.scaler.scale if run.scaler else 1.0
     loss = accumulate_gradients(run.model, run.loss_fn, microbatches, run.device, run.autocast, scale)
     if not loss.count:
+        logger.warning("step %d has no token to train on: its documents have no targets with loss", progress.step)
         update_weights(run.model, run.optimizers, 0.0, apply=False)
+        progress.skipped += 1
+        progress.skipped_in_row += 1
         return None
     verdict = run.spikes.judge(loss.mean)
     norm = update_weights(run.model, run.optimizers, config.optimizer.clip_norm, loss.divisor, apply=verdict == "ok")
@@ -101,12 +104,14 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
 
 def _check_progress(run: Run, facts: StepFacts | None) -> None:
     progress = run.progress
-    if facts and progress.skipped_in_row >= run.config.train.max_skipped_in_row:
-        raise TrainingError(
-            f"the newest {progress.skipped_in_row} steps had non-finite gradients or loss spikes (step "
-            f"{progress.step}: loss {facts.loss.mean:.4g}, gradient norm {facts.norm:.4g}); go on from the last "
-            "checkpoint with a lower optimizer.lr, or pass over the data with data.skip_steps"
-        )
+    if progress.skipped_in_row < run.config.train.max_skipped_in_row:
+        return
+    figures = f"loss {facts.loss.mean:.4g}, gradient norm {facts.norm:.4g}" if facts else "no token to train on"
+    raise TrainingError(
+        f"the newest {progress.skipped_in_row} steps had non-finite gradients, loss spikes or nothing to train on "
+        f"(step {progress.step}: {figures}); go on from the last checkpoint with a lower optimizer.lr, pass over the "
+        "data with data.skip_steps, or look at them with `tern data inspect`"
+    )
 
 
 def _reason_to_stop(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from ternlm.checkpoint.folders import remove_incomplete
 from ternlm.config import Config, render
 from ternlm.config.section import ConfigError, UserError
 from ternlm.data.atomic import write_atomically
@@ -33,6 +34,7 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     if config.sample.every_steps and continue_texts is None:
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
     with run_lock(Path(config.out)):
+        remove_incomplete(Path(config.out))  # left by a killed run, perhaps on a disk that is full
         run = set_up(config, resume)
         _check_samples(run)
         write_atomically(run.folder / "config.toml", render(config).encode())

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -101,8 +102,9 @@ def set_up(config: Config, resume: str = "auto") -> Run:
         torch.set_num_threads(config.compute.threads)
     compile_blocks = wants_compile(config.compute, device)
     tokenizer = find_tokenizer(config.data)
-    _check_tokenizer_fits(tokenizer, config)
+    _check_memory(config, device)
     loader, held_out = _open_data(config, tokenizer, pin=device.type == "cuda")
+    _check_tokenizer_fits(tokenizer, config)
     if checkpoint or config.load.checkpoint:
         start = checkpoint or Path(config.load.checkpoint or "")
         check_same_model(start, config.model, tokenizer.fingerprint if tokenizer else None)
@@ -177,6 +179,20 @@ def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
     return chosen
 
 
+def _check_memory(config: Config, device: torch.device) -> None:
+    """Refuse a model whose weights, gradients and optimizer alone don't fit, before anything is allocated."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 16 * config.model.num_params  # float32: weights, gradients, two moments
+    if needed > there:
+        raise ConfigError(
+            f"model: {config.model.num_params:,} parameters need {needed / 2**30:,.1f} GiB for weights, gradients and "
+            f"optimizer, and {device.type} has {there / 2**30:,.1f}; choose a smaller model or a larger device"
+        )
+
+
 def _check_tokenizer_fits(tokenizer: Tokenizer | None, config: Config) -> None:
     if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -235,6 +251,8 @@ def _resume(run: Run, checkpoint: Path) -> None:
 
 def _saved_config(checkpoint: Path) -> Config:
     path = checkpoint / "config.toml"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; take another checkpoint")
     try:
         return load_config(path)
     except (ConfigError, OSError) as reason:

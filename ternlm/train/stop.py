@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from ternlm.config.section import ConfigError
 from ternlm.config.training import TrainConfig
 
 
@@ -37,6 +38,8 @@ class StopFile:
     def __init__(self, path: str | None, step: int) -> None:
         """step: steps already done; a request that a run before this one has fulfilled is taken back."""
         self.path = Path(path) if path else None
+        if self.path and self.path.exists():
+            self._check_readable(self.path)
         if self.path and (not self.path.exists() or 0 < abs(self._asked()) <= step):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("0\n")
@@ -47,6 +50,16 @@ class StopFile:
         if asked > 0 and step >= asked:
             return "stop"
         return "save" if asked < 0 and step == -asked else None
+
+    @staticmethod
+    def _check_readable(path: Path) -> None:
+        try:
+            int(path.read_text().strip() or 0)
+        except (OSError, ValueError) as trouble:
+            raise ConfigError(
+                f"train.stop_file = {str(path)!r} must be a file that holds a step number ({trouble}); write 0 into it "
+                "or choose another file"
+            ) from trouble
 
     def _asked(self) -> int:
         try:

@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, complete_steps, find_checkpoint
-from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_state
+from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_model_config, read_state
 from ternlm.checkpoint.save import Saver
 from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
 from ternlm.config.model import ModelConfig
@@ -115,6 +116,26 @@ def test_a_failed_save_leaves_nothing_and_is_raised_at_the_end(tmp_path, wait):
     with pytest.raises(CheckpointError, match="disk full"):
         saver.finish()
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_failure_of_dcp_itself_is_caught_too(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise CheckpointException("save", {0: (OSError("no space left"), None)})
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", fail)
+    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None)
+    saver.save(1, model_tensors(make(1)[1]), {})
+    with pytest.raises(CheckpointError, match="failed: OSError: no space left"):
+        saver.finish()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("state", ["{}", '{"model": {"vocab_size": "x"}}'])
+def test_facts_that_describe_no_model_are_a_clear_error(tmp_path, state):
+    save(tmp_path, [1], *make(1))
+    (checkpoint_folder(tmp_path, 1) / "state.json").write_text(state)
+    with pytest.raises(CheckpointError, match=r"state\.json doesn't describe a model"):
+        read_model_config(tmp_path)
 
 
 def test_the_save_after_a_failed_one_is_tried_and_counts(tmp_path):

@@ -16,20 +16,27 @@ def test_a_cpu_is_measured_within_a_second():
 
 
 def test_the_size_stops_growing_when_time_runs_out(monkeypatch):
-    sizes = []
+    sizes = set()
 
     def slow(size, device, dtype):
-        sizes.append(size)
-        return 10.0 * (size / 1024) ** 3
+        sizes.add(size)
+        return 0.01 * (size / 256) ** 3
 
     monkeypatch.setattr(peak, "_best_seconds", slow)
     found = peak.measure_peak(torch.device("cpu"), torch.bfloat16)
-    assert sizes == [1024, 1024]
-    assert found.tflops == pytest.approx(2 * 1024**3 / 10 / 1e12)
+    assert sizes == {256, 512}
+    assert found.tflops == pytest.approx(2 * 256**3 / 0.01 / 1e12)
+
+
+def test_the_fastest_size_counts_where_larger_products_are_slower(monkeypatch):
+    monkeypatch.setattr(peak, "_best_seconds", lambda size, device, dtype: 1e-4 * (size / 256) ** 4)
+    found = peak.measure_peak(torch.device("cpu"), torch.bfloat16)
+    assert found.tflops == pytest.approx(2 * 256**3 / 1e-4 / 1e12)
+    assert "256 x 256" in found.source
 
 
 def test_the_size_grows_with_the_speed(monkeypatch):
-    monkeypatch.setattr(peak, "_best_seconds", lambda size, device, dtype: 2 * size**3 / 500e12)
+    monkeypatch.setattr(peak, "_best_seconds", lambda size, device, dtype: 2 * size**3 / (500e12 * size / 8192))
     found = peak.measure_peak(torch.device("cuda"), torch.bfloat16)
     assert "8192 x 8192" in found.source
     assert found.tflops == pytest.approx(500)

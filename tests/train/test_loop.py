@@ -260,6 +260,31 @@ def test_validation_makes_no_gradient_of_the_head(make_config, monkeypatch):
     assert validate(run)["validation_loss/numbers"] > 0
 
 
+def test_data_without_a_trainable_token_end_the_run_with_the_reason(make_config, monkeypatch):
+    real = loop.accumulate_gradients
+
+    def untrained(model, loss_fn, microbatches, *args):
+        nothing = [replace(batch, weights_BT=torch.zeros_like(batch.weights_BT)) for batch in microbatches]
+        return real(model, loss_fn, nothing, *args)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", untrained)
+    with pytest.raises(TrainingError, match="no token to train on"):
+        pretrain(make_config(train={"max_skipped_in_row": 3}))
+
+
+@pytest.mark.parametrize("content", ["abc", None])
+def test_a_stop_file_that_cannot_be_read_is_refused(make_config, tmp_path, content):
+    path = tmp_path / "stop"
+    path.write_text(content) if content else path.mkdir()
+    with pytest.raises(ConfigError, match=r"train\.stop_file = .* must be a file that holds a step number"):
+        pretrain(make_config(train={"stop_file": str(path)}))
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_allocated(make_config):
+    with pytest.raises(ConfigError, match=r"parameters need [\d,.]+ GiB"):
+        set_up(make_config(model={"vocab_size": 10**10}))
+
+
 def test_resume_never_refuses_to_mix_two_runs(make_config):
     config = make_config()
     pretrain(config)

@@ -31,7 +31,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
     return optimizers
 
 
-def is_decayed(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> bool:
+def is_decayed(parameter: nn.Parameter, config: OptimizerConfig) -> bool:
     """Whether weight decay applies: matrices only (not norms or biases), or everything."""
     return config.decay_all or parameter.ndim >= 2
 
@@ -39,7 +39,7 @@ def is_decayed(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> b
 def _build_adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = []
     for decayed in (True, False):
-        params = [p for name, p in named if is_decayed(name, p, config) == decayed]
+        params = [p for _, p in named if is_decayed(p, config) == decayed]
         if params:
             decay = config.weight_decay if decayed else 0.0
             groups.append({"params": params, "peak_lr": config.lr, "weight_decay": decay})

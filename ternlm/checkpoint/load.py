@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from ternlm.checkpoint.checksums import check_files
 from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.save import STATE_FILE
@@ -19,6 +20,7 @@ from ternlm.config.model import ModelConfig
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Read the facts saved beside the tensors; `checkpoint` may also be a run's folder."""
     path = find_checkpoint(checkpoint) / STATE_FILE
+    check_files(path.parent, [STATE_FILE])
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as reason:
@@ -85,6 +87,7 @@ def _resolved(config: ModelConfig, name: str) -> Any:
 def _load(tensors: dict[str, Any], folder: Path) -> None:
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder}: its file .metadata is missing; take another checkpoint")
+    check_files(folder)
     try:
         with one_process():
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)

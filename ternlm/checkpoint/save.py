@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ternlm.checkpoint.checksums import marker_text
 from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, remove_incomplete, sync
 from ternlm.checkpoint.tensors import copy_to_cpu, one_process
@@ -86,7 +87,7 @@ class Saver:
         _write_synced(folder / STATE_FILE, json.dumps(state, indent=1))
         for path in (*folder.iterdir(), folder):
             sync(path)
-        _write_synced(folder / MARKER, f"{step}\n")
+        _write_synced(folder / MARKER, marker_text(folder))
         for path in (folder, folder.parent, self.run):
             sync(path)
 

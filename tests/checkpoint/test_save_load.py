@@ -1,9 +1,12 @@
 import json
+import re
+import subprocess
 
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ternlm.checkpoint.checksums import marker_text
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, complete_steps, find_checkpoint
 from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_model_config, read_state
@@ -38,6 +41,11 @@ def save(run, steps, config, model, optimizers, **settings):
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers)}
         saver.save(step, tensors, {**state, "step": step})
     saver.finish()
+
+
+def seal(folder):
+    """Make the marker say that the files are as they should be."""
+    (folder / MARKER).write_text(marker_text(folder))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -134,6 +142,7 @@ def test_a_failure_of_dcp_itself_is_caught_too(tmp_path, monkeypatch):
 def test_facts_that_describe_no_model_are_a_clear_error(tmp_path, state):
     save(tmp_path, [1], *make(1))
     (checkpoint_folder(tmp_path, 1) / "state.json").write_text(state)
+    seal(checkpoint_folder(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"state\.json doesn't describe a model"):
         read_model_config(tmp_path)
 
@@ -164,15 +173,42 @@ def test_saving_before_the_first_update_does_not_count_as_one(tmp_path, kind):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
 
 
-def test_a_truncated_file_is_a_clear_error(tmp_path):
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("damage", ["bit", "truncated", "gone"])
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, pattern, damage):
     save(tmp_path, [1], *make(1))
-    data = next(checkpoint_folder(tmp_path, 1).glob("*.distcp"))
-    data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(
-        CheckpointError,
-        match=r"can't be loaded \(\w+: .*take another checkpoint",
-    ):
+    path = next(checkpoint_folder(tmp_path, 1).glob(pattern))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "bit" else data[:-1])
+    with pytest.raises(CheckpointError, match=re.escape(path.name)):
         load_weights(make(2)[1], tmp_path)
+
+
+def test_damaged_facts_are_refused_when_only_they_are_read(tmp_path):
+    save(tmp_path, [1], *make(1))
+    path = checkpoint_folder(tmp_path, 1) / "state.json"
+    path.write_text(path.read_text().replace("1", "2"))
+    with pytest.raises(CheckpointError, match=r"state\.json: damaged since it was written"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "7\n"])
+def test_a_marker_without_checksums_is_refused(tmp_path, text):
+    save(tmp_path, [1], *make(1))
+    (checkpoint_folder(tmp_path, 1) / MARKER).write_text(text)
+    with pytest.raises(CheckpointError, match="COMPLETE: "):
+        load_weights(make(2)[1], tmp_path)
+
+
+def test_sha256sum_understands_the_marker(tmp_path):
+    save(tmp_path, [1], *make(1))
+    check = ["sha256sum", "--check", "--strict", MARKER]
+    said = subprocess.run(check, cwd=checkpoint_folder(tmp_path, 1), capture_output=True, text=True, check=True)
+    assert ".metadata: OK" in said.stdout
 
 
 def test_a_missing_folder_and_an_empty_run_say_so(tmp_path):
@@ -185,6 +221,7 @@ def test_a_missing_folder_and_an_empty_run_say_so(tmp_path):
 def test_unreadable_facts_are_a_clear_error(tmp_path):
     save(tmp_path, [1], *make(1))
     (checkpoint_folder(tmp_path, 1) / "state.json").write_text('{"model": ')
+    seal(checkpoint_folder(tmp_path, 1))
     with pytest.raises(CheckpointError, match=r"state\.json: can't be read"):
         read_state(tmp_path)
 

@@ -144,6 +144,8 @@ def generate(
     from ternlm.infer.sampling import SamplingParams
     from ternlm.infer.text import generate_texts, stop_ids, stream_text
     from ternlm.model.decoder import build_empty_model
+    from ternlm.parallel.mesh import one_rank
+    from ternlm.parallel.pieces import make_pieces
     from ternlm.train.precision import autocast, choose_device, choose_dtype
 
     tokenizer = load_tokenizer(find_checkpoint(checkpoint))
@@ -158,7 +160,8 @@ def generate(
     )
     place = choose_device(device)
     model = build_empty_model(read_model_config(checkpoint), place)
-    load_weights(model, checkpoint)
+    mesh = one_rank(place)
+    load_weights(make_pieces(model, mesh), checkpoint, mesh)
     with autocast(place, choose_dtype(ComputeConfig(dtype=dtype), place)):
         if len(prompt) == 1:
             begun: list[str] = []  # the prompt is shown with the first piece, once nothing can be wrong with it

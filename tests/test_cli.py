@@ -213,6 +213,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ternlm.config import CheckpointConfig, ModelConfig
     from ternlm.data.tokenizer import train_bpe
     from ternlm.model.decoder import build_model
+    from ternlm.parallel.mesh import one_rank
+    from ternlm.parallel.pieces import make_pieces
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -223,7 +225,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.normal_(parameter, std=0.3)
     run = tmp_path_factory.mktemp("run")
     state = {"model": config.model_dump(mode="json", exclude_none=True)}
-    Saver(run, CheckpointConfig(wait=True), tokenizer.save).save(1, model_tensors(model), state)
+    mesh = one_rank(torch.device("cpu"))
+    saver = Saver(run, CheckpointConfig(wait=True), tokenizer.save, mesh)
+    saver.save(1, model_tensors(make_pieces(model, mesh)), state)
     return run
 
 

@@ -13,18 +13,26 @@ from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import MARKER
 
 
-def marker_text(folder: Path) -> str:
-    """Return what belongs in the marker of a checkpoint whose other files are all there."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MARKER)
-    return "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items())
+def marker_text(folder: Path, known: dict[str, str] | None = None) -> str:
+    """Return what belongs in the marker of a checkpoint whose other files are all there.
+
+    known: SHA-256 by name of files that need no reading.
+    """
+    known = known or {}
+    names = [path.name for path in folder.iterdir() if path.name != MARKER]
+    found = {**digests(folder, [name for name in names if name not in known]), **known}
+    return "".join(f"{found[name]}  {name}\n" for name in sorted(names))
 
 
-def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
-    """Raise CheckpointError where a file isn't what was written; names: only these of the checkpoint's files."""
+def check_files(checkpoint: Path, names: Iterable[str] | None = None, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise CheckpointError where a file isn't what was written.
+
+    names: only these of the checkpoint's files. share: (i, n) checks every n-th file from the i-th, one rank's part.
+    """
     written = _read_marker(checkpoint)
-    names = sorted(written) if names is None else [name for name in names if name in written]
+    names = sorted(written)[share[0] :: share[1]] if names is None else [name for name in names if name in written]
     try:
-        found = _digests(checkpoint, names)
+        found = digests(checkpoint, names)
     except OSError as trouble:
         raise CheckpointError(f"{checkpoint}: can't be read ({trouble}); {_REMEDY}") from trouble
     for name in names:
@@ -32,6 +40,13 @@ def check_files(checkpoint: Path, names: Iterable[str] | None = None) -> None:
             raise CheckpointError(
                 f"{checkpoint / name}: damaged since it was written (its SHA-256 isn't the one in {MARKER}); {_REMEDY}"
             )
+
+
+def digests(folder: Path, names: list[str]) -> dict[str, str]:
+    """Return the SHA-256 of a folder's files by their names."""
+    # Threads, since hashlib lets go of the interpreter's lock: 1.5-2 GB/s each.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 
 _REMEDY = "move this checkpoint's folder away to go on from an older one"
@@ -47,12 +62,6 @@ def _read_marker(checkpoint: Path) -> dict[str, str]:
     if not digests:
         raise CheckpointError(f"{checkpoint / MARKER}: names no file; {_REMEDY}")
     return digests
-
-
-def _digests(folder: Path, names: list[str]) -> dict[str, str]:
-    # Threads, since hashlib lets go of the interpreter's lock: 1.5-2 GB/s each.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 
 def _digest(path: Path) -> str:

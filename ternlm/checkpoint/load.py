@@ -1,11 +1,11 @@
 """Read checkpoints: the facts, the weights alone, or everything a resumed run needs."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
@@ -13,8 +13,10 @@ from ternlm.checkpoint.checksums import check_files
 from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.save import STATE_FILE
-from ternlm.checkpoint.tensors import model_tensors, one_process, optimizer_tensors, put_optimizer_tensors
+from ternlm.checkpoint.tensors import model_tensors, one_process, optimizer_tensors
 from ternlm.config.model import ModelConfig
+from ternlm.parallel.mesh import Mesh
+from ternlm.parallel.pieces import Piece
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -40,17 +42,17 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
         ) from trouble
 
 
-def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Fill the model's parameters, in place, from a checkpoint of the same shape."""
-    _load(model_tensors(model), find_checkpoint(checkpoint))
+def load_weights(pieces: Sequence[Piece], checkpoint: Path, mesh: Mesh) -> None:
+    """Fill the model's parameters, in place, from a checkpoint of the same shape, whatever layout saved it.
+
+    Collective: every rank must call it.
+    """
+    _load(model_tensors(pieces), find_checkpoint(checkpoint), mesh)
 
 
-def load_everything(model: nn.Module, optimizers: list[Optimizer], checkpoint: Path) -> None:
-    """Fill the model's parameters and the optimizers' states, in place."""
-    optimizer_state = optimizer_tensors(model, optimizers)
-    tensors = {**model_tensors(model), **optimizer_state}
-    _load(tensors, find_checkpoint(checkpoint))
-    put_optimizer_tensors(model, optimizers, {name: tensors[name] for name in optimizer_state})
+def load_everything(pieces: Sequence[Piece], optimizers: Sequence[Optimizer], checkpoint: Path, mesh: Mesh) -> None:
+    """Fill the model's parameters and the optimizers' states, in place. Collective: every rank must call it."""
+    _load({**model_tensors(pieces), **optimizer_tensors(pieces, optimizers)}, find_checkpoint(checkpoint), mesh)
 
 
 def check_same_model(checkpoint: Path, model: ModelConfig, tokenizer_fingerprint: str | None) -> None:
@@ -84,12 +86,17 @@ def _resolved(config: ModelConfig, name: str) -> Any:
     return resolved.get(name, getattr(config, name))
 
 
-def _load(tensors: dict[str, Any], folder: Path) -> None:
+def _load(tensors: dict[str, Any], folder: Path, mesh: Mesh) -> None:
     if not (folder / ".metadata").is_file():
         raise CheckpointError(f"{folder}: its file .metadata is missing; take another checkpoint")
-    check_files(folder)
+    check_files(folder, share=(mesh.place.rank, mesh.layout.world))
     try:
         with one_process():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+            dcp.load(
+                tensors,
+                storage_reader=dcp.FileSystemReader(folder),
+                process_group=mesh.control,
+                no_dist=mesh.control is None,
+            )
     except (CheckpointException, OSError, RuntimeError, ValueError) as trouble:
         raise CheckpointError(f"{folder}: can't be loaded ({cause_of(trouble)}); take another checkpoint") from trouble

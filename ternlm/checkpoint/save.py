@@ -1,4 +1,7 @@
-"""Write checkpoints: tensors by DCP, facts as JSON, the marker last; in the background unless told otherwise."""
+"""Write checkpoints: tensors by DCP, facts as JSON, the marker last; in the background unless told otherwise.
+
+Every rank writes its own pieces; rank 0 makes the folder, writes the facts and, when all are done, the marker.
+"""
 
 import json
 import logging
@@ -10,14 +13,16 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ternlm.checkpoint.checksums import marker_text
+from ternlm.checkpoint.checksums import digests, marker_text
 from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, remove_incomplete, sync
 from ternlm.checkpoint.tensors import copy_to_cpu, one_process
 from ternlm.config.training import CheckpointConfig
+from ternlm.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +33,9 @@ STATE_FILE = "state.json"
 class Saver:
     """Saves the checkpoints of one run, at most one at a time, and keeps those that the retention rule keeps."""
 
-    def __init__(self, run: Path, config: CheckpointConfig, write_files: Callable[[Path], None]) -> None:
+    def __init__(self, run: Path, config: CheckpointConfig, write_files: Callable[[Path], None], mesh: Mesh) -> None:
         """write_files: puts the run's settings and tokenizer into a new checkpoint's folder."""
-        self.run, self.config = run, config
+        self.run, self.config, self._mesh = run, config, mesh
         self._write_files = write_files
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
@@ -38,6 +43,7 @@ class Saver:
     def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """Save after `step` steps; returns once the tensors are copied, unless `checkpoint.wait`.
 
+        Collective: every rank must call it.
         A save that fails is logged at once and leaves nothing behind; training goes on, and the next save is tried.
         """
         self._join()
@@ -67,8 +73,11 @@ class Saver:
             self._write_folder(folder, step, tensors, state)
         except (Exception, CheckpointException) as failure:  # DCP's own isn't an Exception
             self._failure = failure
-            logger.error("saving %s failed: %s", folder, cause_of(failure))
-            shutil.rmtree(folder, ignore_errors=True)
+            if self._mesh.is_first:
+                logger.error("saving %s failed: %s", folder, cause_of(failure))
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+        if not self._mesh.is_first:
             return
         logger.info("saved %s in %.1f s", folder, time.monotonic() - started)
         try:
@@ -77,19 +86,51 @@ class Saver:
             logger.warning("old checkpoints in %s can't be removed: %s", self.run, trouble)
 
     def _write_folder(self, folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        self._on_first(lambda: self._make_folder(folder))
+        with one_process():
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
+                process_group=self._mesh.control,
+                no_dist=self._mesh.control is None,
+            )
+        own = [path.name for path in folder.glob(f"__{self._mesh.place.rank}_*")]
+        parts = self._together(lambda: digests(folder, own))
+        self._on_first(lambda: self._finish_folder(folder, state, {k: v for part in parts for k, v in part.items()}))
+
+    def _make_folder(self, folder: Path) -> None:
         remove_incomplete(self.run)
         if folder.exists():
             remove(folder)
         folder.mkdir(parents=True)
-        with one_process():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+
+    def _finish_folder(self, folder: Path, state: dict[str, Any], known: dict[str, str]) -> None:
         self._write_files(folder)
         _write_synced(folder / STATE_FILE, json.dumps(state, indent=1))
         for path in (*folder.iterdir(), folder):
             sync(path)
-        _write_synced(folder / MARKER, marker_text(folder))
+        _write_synced(folder / MARKER, marker_text(folder, known))
         for path in (folder, folder.parent, self.run):
             sync(path)
+
+    def _on_first(self, act: Callable[[], None]) -> None:
+        """Act on rank 0; the others wait, and fail where it fails."""
+        self._together(act if self._mesh.is_first else lambda: None)
+
+    def _together(self, act: Callable[[], Any]) -> list[Any]:
+        """Act on every rank and return all results; raises on every rank where one fails."""
+        if self._mesh.control is None:
+            return [act()]
+        try:
+            outcome = (True, act())
+        except Exception as failure:
+            outcome = (False, failure)
+        outcomes: list[Any] = [None] * self._mesh.layout.world
+        dist.all_gather_object(outcomes, outcome, group=self._mesh.control)
+        for good, value in outcomes:
+            if not good:
+                raise value
+        return [value for _, value in outcomes]
 
 
 def _write_synced(path: Path, text: str) -> None:

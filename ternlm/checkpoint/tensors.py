@@ -1,49 +1,75 @@
 """The tensors of a checkpoint as one flat dictionary, in PyTorch's distributed checkpoint (DCP) layout.
 
-DCP stores each tensor by its name and shape, whatever the layout it was saved from, so any layout can load it.
+DCP stores rectangles of each tensor by the tensor's name and shape, whatever the layout they were saved from, so any
+layout can load them.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.optim import Optimizer
 
-# Flat names (`state.<parameter>.exp_avg`) are what a pipeline stage or another group split can pick from.
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+from ternlm.parallel.pieces import Piece
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Rectangle:
+    """A part of a tensor that others hold the rest of; DCP knows it by the three methods of its protocol."""
+
+    tensor: Tensor
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.tensor)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(self.shape)),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if not self.tensor.numel():  # more ranks than rows
+            return []
+        return [ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=self.tensor.shape)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.tensor
+
+
+def model_tensors(pieces: Sequence[Piece]) -> dict[str, Any]:
     """Return the model's parameters by name, tied ones once; the tensors are the model's own."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return {f"model.{piece.name}": _stored(piece, piece.shard().detach(), piece.offset) for piece in pieces}
 
 
-def optimizer_tensors(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
-    """Return the optimizers' states by name, made first where there are none yet.
+def optimizer_tensors(pieces: Sequence[Piece], optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Return the optimizers' states by name, made first where there are none yet; the tensors are the optimizers' own.
 
     Learning rates, decay and the like are left out: a resumed run takes them from its settings.
     """
-    fresh = [optimizer for optimizer in optimizers if not optimizer.state]
-    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
-    for optimizer in fresh:  # PyTorch has made their states by a step on zero gradients, and counted it
-        for values in optimizer.state.values():
-            if "step" in values:
-                values["step"].zero_()
-    return {f"optimizer.{name}": value for name, value in state.items() if name.startswith("state.")}
-
-
-def put_optimizer_tensors(model: nn.Module, optimizers: list[Optimizer], tensors: dict[str, Any]) -> None:
-    """Give the optimizers the states that `optimizer_tensors` returned."""
-    state = get_optimizer_state_dict(model, optimizers, options=_FLAT)
-    state.update({name.removeprefix("optimizer."): value for name, value in tensors.items()})
-    set_optimizer_state_dict(model, optimizers, state, options=_FLAT)
+    by_tensor: dict[Tensor, Piece] = {piece.tensor: piece for piece in pieces}
+    tensors: dict[str, Any] = {}
+    for optimizer in optimizers:
+        if not optimizer.state:
+            _make_states(optimizer)
+        for tensor, values in optimizer.state.items():
+            piece = by_tensor[tensor]
+            for key, value in values.items():
+                name = f"optimizer.state.{piece.name}.{key}"
+                whole = value.shape != piece.tensor.shape  # a count of steps
+                tensors[name] = value if whole else _stored(piece, value, piece.own_offset)
+    return tensors
 
 
 @contextmanager
@@ -56,7 +82,33 @@ def one_process() -> Iterator[None]:
 
 def copy_to_cpu(tensors: dict[str, Any]) -> dict[str, Any]:
     """Copy every tensor, so that training may go on while the copy is written."""
-    return {
-        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for name, value in tensors.items()
-    }
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Rectangle):
+            return replace(value, tensor=copy(value.tensor))
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+    return {name: copy(value) for name, value in tensors.items()}
+
+
+def _stored(piece: Piece, tensor: Tensor, offset: tuple[int, ...]) -> Any:
+    return tensor if tensor.shape == piece.shape else Rectangle(tensor, offset, piece.shape)
+
+
+def _make_states(optimizer: Optimizer) -> None:
+    """Let an optimizer make its states by a step that changes nothing, and isn't counted."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    gradients = [tensor.grad for tensor in tensors]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for tensor in tensors:
+        tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        tensor.grad = gradient
+    for values in optimizer.state.values():
+        if "step" in values:
+            values["step"].zero_()

@@ -3,6 +3,7 @@
 from ternlm.config.data import BatchConfig, DataConfig, RampupConfig, SourceConfig
 from ternlm.config.load import config_from_dict, config_to_dict, list_recipes, load_config
 from ternlm.config.model import PRESETS, InitConfig, ModelConfig, RopeScaling
+from ternlm.config.parallel import ParallelConfig, ShardingConfig
 from ternlm.config.run import Config, LoadConfig
 from ternlm.config.section import ConfigError, Section, UserError, setting
 from ternlm.config.show import diff, json_schema, render
@@ -32,11 +33,13 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "RampupConfig",
     "RopeScaling",
     "SampleConfig",
     "ScheduleConfig",
     "Section",
+    "ShardingConfig",
     "SourceConfig",
     "TrainConfig",
     "UserError",

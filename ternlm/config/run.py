@@ -4,6 +4,7 @@ from pydantic import model_validator
 
 from ternlm.config.data import BatchConfig, DataConfig
 from ternlm.config.model import ModelConfig
+from ternlm.config.parallel import ParallelConfig, ShardingConfig
 from ternlm.config.section import Section, setting
 from ternlm.config.training import (
     CheckpointConfig,
@@ -37,6 +38,8 @@ class Config(Section):
     schedule: ScheduleConfig = setting(ScheduleConfig, "the learning rate over time")
     loss: LossConfig = setting(LossConfig, "the objective")
     compute: ComputeConfig = setting(ComputeConfig, "device, precision, memory")
+    parallel: ParallelConfig = setting(ParallelConfig, "degrees of parallelism")
+    sharding: ShardingConfig = setting(ShardingConfig, "over how many ranks states are cut")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "saving")
     monitor: MonitorConfig = setting(MonitorConfig, "metrics")
     validation: ValidationConfig = setting(ValidationConfig, "held-out loss")

@@ -8,7 +8,7 @@ import hashlib
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ternlm.config.model import ModelConfig
 
@@ -19,13 +19,32 @@ _LAYER_PREFIX = "model.layers."
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter in place; the same seed gives the same weights on devices of one type."""
     for name, parameter in model.named_parameters():
-        std = parameter_std(name, config)
-        if std is None:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(_seed_of(seed, name))
-        parameter.normal_(0.0, std, generator=generator)
+        fill_initial(parameter, name, config, seed)
+
+
+@torch.no_grad()
+def fill_initial(
+    part: Tensor,
+    name: str,
+    config: ModelConfig,
+    seed: int,
+    shape: tuple[int, ...] | None = None,
+    offset: tuple[int, ...] | None = None,
+) -> None:
+    """Fill a parameter in place, or the part of it that begins at `offset` of the whole, which has `shape`.
+
+    The whole is drawn and cut, so that the values don't depend on how it is laid out; it exists for a moment.
+    """
+    std = parameter_std(name, config)
+    if std is None:
+        part.fill_(0.0 if name.endswith("bias") else 1.0)
+        return
+    whole = part if shape is None or tuple(part.shape) == shape else part.new_empty(shape)
+    generator = torch.Generator(part.device)
+    generator.manual_seed(_seed_of(seed, name))
+    whole.normal_(0.0, std, generator=generator)
+    if whole is not part and offset is not None:
+        part.copy_(whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))])
 
 
 def parameter_std(name: str, config: ModelConfig) -> float | None:

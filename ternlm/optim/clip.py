@@ -1,17 +1,29 @@
 """The norm of the whole gradient, and its division and clipping in one pass."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
+
+from ternlm.parallel.mesh import Mesh
+from ternlm.parallel.pieces import Piece
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm over all gradients: a scalar, not yet read back from the device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(pieces: Sequence[Piece], mesh: Mesh) -> Tensor:
+    """Return the 2-norm over all gradients of the whole model: a scalar, not yet read back from the device.
+
+    Collective: every rank must call it, after `reduce_gradients`.
+    """
+    norm = torch.nn.utils.get_total_norm([p.tensor.grad for p in pieces if p.counted and p.tensor.grad is not None])
+    if mesh.layout.world == 1:
+        return norm
+    square = norm.to(mesh.device, torch.float64).square()
+    dist.all_reduce(square)
+    return square.sqrt().float()
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, divisor: float, max_norm: float) -> None:
+def scale_gradients(pieces: Sequence[Piece], norm: Tensor, divisor: float, max_norm: float) -> None:
     """Divide the gradients, in place, then scale them so that their norm is at most `max_norm`; 0: no limit.
 
     norm: of the divided gradients.
@@ -19,4 +31,4 @@ def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, divisor: f
     factor = torch.full_like(norm, 1 / divisor)
     if max_norm:
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    torch._foreach_mul_([p.tensor.grad for p in pieces if p.tensor.grad is not None], factor)

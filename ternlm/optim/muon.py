@@ -25,7 +25,14 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         iterations: int = 5,
+        join: Callable[[Tensor, Tensor], tuple[Tensor, tuple[slice, ...]]] | None = None,
     ) -> None:
+        """Take the matrices and their settings.
+
+        join: where matrices are cut over ranks, `(parameter, direction) -> (the whole matrix's direction, where the
+        parameter's part lies in it)`; a collective.
+        """
+        self._join = join
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations)
         super().__init__(params, defaults)
 
@@ -49,8 +56,9 @@ class Muon(Optimizer):
         buffer, momentum = state["momentum_buffer"], group["momentum"]
         buffer.lerp_(gradient, 1 - momentum)
         direction = gradient.lerp(buffer, momentum)
-        update = orthogonalise(direction, group["iterations"])
-        rows, columns = parameter.shape
+        whole, part = self._join(parameter, direction) if self._join else (direction, (slice(None),))
+        update = orthogonalise(whole, group["iterations"])[part]
+        rows, columns = whole.shape
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 

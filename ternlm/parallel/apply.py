@@ -1,30 +1,59 @@
-"""Apply to a built model what its settings ask for, in the one order that works."""
+"""Apply to a built model what its settings and layout ask for, in the one order that works."""
 
 import logging
 import shutil
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 
+from ternlm.config.parallel import ParallelConfig, ShardingConfig
 from ternlm.config.section import ConfigError
 from ternlm.config.training import ComputeConfig
+from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.recompute import recompute_blocks
+from ternlm.parallel.sharding import shard_model
+from ternlm.parallel.tensor import cut_tensors
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_model(model: nn.Module, blocks: list[nn.Module], compute: ComputeConfig, compile_blocks: bool) -> None:
+def lay_out(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    units: Sequence[nn.Module],
+    mesh: Mesh,
+    dtype: torch.dtype,
+    settings: tuple[ComputeConfig, ParallelConfig, ShardingConfig],
+    compile_blocks: bool,
+) -> None:
+    """Cut for tensor parallelism, set up recompute, compile each block, cut over data ranks.
+
+    model: on the meta device where there are several ranks. units: what FSDP gathers one at a time.
+    Tensor parallelism comes first, since it changes shapes; FSDP last, since its gathers can't be part of a graph.
+    """
+    compute, parallel, sharding = settings
+    if mesh.tensor is not None:
+        cut_tensors(model, mesh.tensor, parallel.sequence)
+    prepare_blocks(blocks, compute, compile_blocks)
+    if mesh.fsdp is not None:
+        reduce_dtype = torch.float32 if sharding.reduce_dtype == "float32" else torch.bfloat16
+        shard_model(model, units, mesh, dtype, reduce_dtype)
+
+
+def prepare_blocks(blocks: Sequence[nn.Module], compute: ComputeConfig, compile_blocks: bool) -> None:
     """Set up recompute, then compile each block.
 
     Recompute comes first, so that the compiler sees the recomputed region and partitions it itself; the other way
     round each recompute would run a graph that was compiled to keep everything.
     """
-    recompute_blocks(blocks, compute.recompute, compute.recompute_keep)
+    recompute_blocks(list(blocks), compute.recompute, compute.recompute_keep)
     if compile_blocks:
-        # One block's graph serves all: 8-16 s for the first step, where a whole model takes 40.
+        # One block's graph serves all: 8-16 s for the first step, where a whole model takes 40. Of the forward
+        # alone: FSDP's hooks run around it.
         for block in blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward)
 
 
 def wants_compile(compute: ComputeConfig, device: torch.device) -> bool:
@@ -43,8 +72,9 @@ def wants_compile(compute: ComputeConfig, device: torch.device) -> bool:
 
 
 def _missing_for_compilation(device: torch.device) -> str | None:
+    found: Callable[[str], object] = shutil.which
     if device.type == "cpu":
-        return None if any(map(shutil.which, ("g++", "clang++", "c++"))) else "a C++ compiler (g++)"
+        return None if any(map(found, ("g++", "clang++", "c++"))) else "a C++ compiler (g++)"
     if find_spec("triton") is None:
         return "the package triton"
-    return None if any(map(shutil.which, ("cc", "gcc", "clang"))) else "a C compiler (gcc), for triton"
+    return None if any(map(found, ("cc", "gcc", "clang"))) else "a C compiler (gcc), for triton"

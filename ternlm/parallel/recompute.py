@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ternlm.ops.attention import KEPT_OPS, Attend
+from ternlm.parallel.ring import RING_OP
 
 
 def recompute_blocks(blocks: list[nn.Module], fraction: float, keep: str) -> int:
     """Make the first `fraction` of the blocks recompute their activations in backward; return how many.
 
-    keep: "nothing", or "matmuls" to store the results of matrix products and of attention, so that only cheap
-    operations run twice.
+    keep: "nothing", or "matmuls" to store the results of matrix products, of attention and of what context
+    parallelism exchanged, so that only cheap operations run twice.
     """
     chosen = blocks[: int(len(blocks) * fraction)]
     for block in chosen:
@@ -37,5 +38,7 @@ def _recomputed(forward: Callable[..., Tensor], keep: str) -> Callable[..., Tens
 def _keep_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     aten = torch.ops.aten
     matmuls = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default)
-    kept = op in matmuls or op in KEPT_OPS
+    # What went over the network isn't fetched again, though it costs the memory of q, k and v of whole sequences.
+    exchanged = torch.ops._c10d_functional.all_to_all_single.default
+    kept = op in matmuls or op in KEPT_OPS or op in (RING_OP, exchanged)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
         run.stopped = f"the time budget of {train.max_minutes:g} minutes is used up; raise train.max_minutes"
         logger.warning("nothing was trained: %s", run.stopped)
         return
-    stop_file = StopFile(train.stop_file, progress.step)
+    stop_file = StopFile(train.stop_file if run.mesh.is_first else None, progress.step)
     saved_at = now = time.monotonic()
     first = True
     try:
@@ -55,10 +56,13 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
                 # The first step of a process compiles: it says nothing about the next one's duration.
                 expected = 0.0 if first else step_seconds
                 elapsed = progress.seconds + time.monotonic() - now
-                run.stopped = _reason_to_stop(run, facts, signals.received, asked, elapsed, expected)
+                wishes = Wishes(
+                    signals.received, asked, out_of_time(train, elapsed, expected), time.monotonic() - saved_at
+                )
+                run.stopped, save_now = _agree(run, facts, wishes)
                 reporter.report(facts, step_seconds, extra, last=run.stopped is not None)
                 _check_progress(run, facts)
-                if run.stopped or asked == "save" or _save_is_due(run, time.monotonic() - saved_at):
+                if save_now:
                     progress.seconds += time.monotonic() - now
                     now = saved_at = time.monotonic()
                     reporter.sync()
@@ -83,22 +87,24 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
         return None
     apply_schedule(run.optimizers, progress.updates, config.train.steps, config.optimizer, config.schedule)
     scale = run.scaler.scale if run.scaler else 1.0
-    loss = accumulate_gradients(run.model, run.loss_fn, microbatches, run.device, run.autocast, scale)
+    loss = accumulate_gradients(run.model, run.loss_fn, microbatches, run.mesh, config, run.autocast, scale)
     if not loss.count:
         logger.warning("step %d has no token to train on: its documents have no targets with loss", progress.step)
-        update_weights(run.model, run.optimizers, 0.0, apply=False)
+        update_weights(run.pieces, run.optimizers, run.mesh, 0.0, apply=False)
         progress.skipped += 1
         progress.skipped_in_row += 1
         return None
     verdict = run.spikes.judge(loss.mean)
-    norm = update_weights(run.model, run.optimizers, config.optimizer.clip_norm, loss.divisor, apply=verdict == "ok")
+    norm = update_weights(
+        run.pieces, run.optimizers, run.mesh, config.optimizer.clip_norm, loss.divisor, apply=verdict == "ok"
+    )
     applied = verdict == "ok" and math.isfinite(norm)
     if run.scaler:
         run.scaler.update(overflow=not math.isfinite(norm))
     progress.updates += applied
     progress.skipped += not applied
     progress.skipped_in_row = 0 if applied else progress.skipped_in_row + 1
-    progress.tokens += sum(batch.tokens_BT.numel() for batch in microbatches)
+    progress.tokens += sum(batch.tokens_BT.numel() for batch in microbatches) * run.mesh.layout.data
     return StepFacts(loss, norm, spiked=verdict == "stop", microbatches=microbatches)
 
 
@@ -114,21 +120,43 @@ def _check_progress(run: Run, facts: StepFacts | None) -> None:
     )
 
 
-def _reason_to_stop(
-    run: Run, facts: StepFacts | None, signal: str | None, asked: str | None, elapsed: float, expected: float
-) -> str | None:
-    train = run.config.train
-    if signal:
-        return f"received {signal}"
-    if facts and facts.spiked:
-        return "the loss spiked (train.spike = stop)"
-    if asked == "stop":
-        return f"the stop file {train.stop_file} asked for it"
-    if run.progress.step >= train.steps:
-        return "the last step is done"
-    if out_of_time(train, elapsed, expected):
-        return f"the time budget of {train.max_minutes:g} minutes is used up"
-    return None
+@dataclass(frozen=True)
+class Wishes:
+    """What one rank would have the run do after a step; clocks, files and signals differ between ranks."""
+
+    signal: str | None
+    """Name of the signal it received."""
+    asked: str | None
+    """What the stop file says, "stop" or "save"; only the first rank reads it."""
+    late: bool
+    """Whether the time budget is used up by its clock."""
+    seconds_since_save: float
+
+
+def _agree(run: Run, facts: StepFacts | None, wishes: Wishes) -> tuple[str | None, bool]:
+    """Return why the run ends, if it does, and whether to save: the same on every rank. Collective."""
+    train, first = run.config.train, run.mesh.is_first
+    number = signal.Signals[wishes.signal].value if wishes.signal else 0
+    own = [
+        number,
+        first and wishes.asked == "stop",
+        first and wishes.asked == "save",
+        first and wishes.late,
+        first and _save_is_due(run, wishes.seconds_since_save),
+    ]
+    signalled, stop, save, late, due = run.mesh.agree([float(wish) for wish in own])
+    reason = None
+    if signalled:
+        reason = f"received {signal.Signals(int(signalled)).name}"
+    elif facts and facts.spiked:
+        reason = "the loss spiked (train.spike = stop)"
+    elif stop:
+        reason = f"the stop file {train.stop_file} asked for it"
+    elif run.progress.step >= train.steps:
+        reason = "the last step is done"
+    elif late:
+        reason = f"the time budget of {train.max_minutes:g} minutes is used up"
+    return reason, bool(reason or save or due)
 
 
 def _save_is_due(run: Run, seconds_since_save: float) -> bool:

@@ -14,10 +14,15 @@ logger = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device meant by `compute.device`; raises ConfigError where it isn't there."""
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device meant by `compute.device`; raises ConfigError where it isn't there.
+
+    local_rank: which of the node's devices, where there are several ranks.
+    """
     if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{torch.cuda.current_device() if local_rank is None else local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

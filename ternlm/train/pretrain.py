@@ -2,19 +2,23 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from ternlm.checkpoint.folders import remove_incomplete
 from ternlm.config import Config, render
+from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError, UserError
 from ternlm.data.atomic import write_atomically
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.model.decoder import CausalLM
 from ternlm.monitor.peak import device_peak
-from ternlm.monitor.sinks import open_sinks
+from ternlm.monitor.sinks import Sink, open_sinks
+from ternlm.parallel.launch import find_launch, log_from, process_group
+from ternlm.parallel.mesh import Mesh, make_mesh
 from ternlm.train.lock import run_lock
 from ternlm.train.loop import Every, train_loop
+from ternlm.train.precision import choose_device
 from ternlm.train.report import Reporter
 from ternlm.train.run import Run, set_up
 from ternlm.train.validate import validate
@@ -33,21 +37,46 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     """
     if config.sample.every_steps and continue_texts is None:
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
-    with run_lock(Path(config.out)):
-        remove_incomplete(Path(config.out))  # left by a killed run, perhaps on a disk that is full
-        run = set_up(config, resume)
-        _check_samples(run)
+    launch = find_launch()
+    layout = resolve_layout(config, launch.world)
+    log_from(launch)
+    device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
+    with process_group(launch, device, config.parallel.timeout_minutes), ExitStack() as stack:
+        mesh = make_mesh(layout, launch.rank, device)
+        _first_rank_enters(Path(config.out), mesh, stack)
+        return _train(set_up(config, resume, mesh), continue_texts)
+
+
+def _train(run: Run, continue_texts: Continue | None) -> Run:
+    config = run.config
+    _check_samples(run)
+    if run.mesh.is_first:
         write_atomically(run.folder / "config.toml", render(config).encode())
-        if run.progress.step >= config.train.steps:
-            run.stopped = f"it is complete: {run.progress.step} of {config.train.steps} steps"
-            logger.info("%s: %s", run.folder, run.stopped)
-            run.loader.close()
-            return run
-        budget = config.train.max_minutes * 60 if config.train.max_minutes else None
+    if run.progress.step >= config.train.steps:
+        run.stopped = f"it is complete: {run.progress.step} of {config.train.steps} steps"
+        logger.info("%s: %s", run.folder, run.stopped)
+        run.loader.close()
+        return run
+    budget = config.train.max_minutes * 60 if config.train.max_minutes else None
+    sinks: Sequence[Sink] = ()
+    if run.mesh.is_first:
         sinks = open_sinks(config.monitor, run.folder, config.train.steps, run.progress.step, budget)
-        with closing(Reporter(run, sinks, _peak_tflops(run))) as reporter, closing(run.loader):
-            train_loop(run, run.loader, reporter, _extras(run, reporter, continue_texts))
+    with closing(Reporter(run, sinks, _peak_tflops(run))) as reporter, closing(run.loader):
+        train_loop(run, run.loader, reporter, _extras(run, reporter, continue_texts))
     return run
+
+
+def _first_rank_enters(folder: Path, mesh: Mesh, stack: ExitStack) -> None:
+    """Let rank 0 lock the run's folder and clear it; the others wait, and end where it may not."""
+    trouble: Exception | None = None
+    if mesh.is_first:
+        try:
+            stack.enter_context(run_lock(folder))
+            remove_incomplete(folder)  # left by a killed run, perhaps on a disk that is full
+        except Exception as failure:
+            trouble = failure
+    if any(mesh.agree([trouble is not None])):
+        raise trouble or ConfigError(f"rank 0 can't train in {folder}; its message says why")
 
 
 def _check_samples(run: Run) -> None:

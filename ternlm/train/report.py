@@ -32,10 +32,13 @@ class Reporter:
     """Turns steps into metrics and hands them to the sinks every `monitor.every_steps` steps."""
 
     def __init__(self, run: "Run", sinks: Sequence[Sink], peak_tflops: float) -> None:
-        budget = run.config.train.max_minutes
+        budget, layout = run.config.train.max_minutes, run.mesh.layout
         self._run, self._sinks = run, sinks
         self._throughput = Throughput(
-            run.config.train.steps, peak_tflops=peak_tflops, max_seconds=budget * 60 if budget else None
+            run.config.train.steps,
+            num_devices=layout.world // layout.data,  # those that work on this rank's sequences
+            peak_tflops=peak_tflops,
+            max_seconds=budget * 60 if budget else None,
         )
 
     def report(self, facts: StepFacts | None, seconds: float, extra: dict[str, float], last: bool) -> None:
@@ -93,7 +96,7 @@ class Reporter:
         if run.scaler:
             metrics["scaler/scale"] = run.scaler.scale
         metrics["train/tokens"] = progress.tokens
-        metrics["train/sequences"] = sum(len(batch.tokens_BT) for batch in facts.microbatches)
+        metrics["train/sequences"] = sum(len(batch.tokens_BT) for batch in facts.microbatches) * run.mesh.layout.data
         metrics["train/skipped"] = progress.skipped
         metrics["memory/peak_gib"] = peak_memory(run.device) / 2**30
         return metrics | self._throughput.metrics(progress.step, progress.seconds)

@@ -1,4 +1,4 @@
-"""Everything one training run holds, and how it is set up, resumed and saved."""
+"""Everything one training run holds on one rank, and how it is set up, resumed and saved."""
 
 import hashlib
 import logging
@@ -19,16 +19,19 @@ from ternlm.checkpoint.load import check_same_model, load_everything, load_weigh
 from ternlm.checkpoint.save import Saver
 from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
 from ternlm.config import Config, DataConfig, diff, load_config, render
+from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
 from ternlm.data.loader import Loader, ValidationBatches, validation_batches
 from ternlm.data.shards import MANIFEST
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
-from ternlm.model.decoder import CausalLM, build_empty_model
-from ternlm.model.init import init_weights
+from ternlm.model.decoder import CausalLM
 from ternlm.monitor.health import SpikeRule
 from ternlm.optim.groups import build_optimizers
 from ternlm.optim.scaler import LossScaler
-from ternlm.parallel.apply import prepare_model, wants_compile
+from ternlm.parallel.apply import wants_compile
+from ternlm.parallel.mesh import Mesh, one_rank
+from ternlm.parallel.pieces import Piece, make_pieces
+from ternlm.train.distributed import build_laid_out, fill_pieces
 from ternlm.train.objective import LossFn, next_token_loss
 from ternlm.train.precision import autocast, choose_device, choose_dtype, warn_of_slow_attention
 from ternlm.train.state import Progress
@@ -38,12 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """One run on one device."""
+    """One run on one of its ranks."""
 
     config: Config
-    device: torch.device
+    mesh: Mesh
     dtype: torch.dtype
     model: CausalLM
+    pieces: list[Piece]
+    """What this rank updates of each parameter."""
     optimizers: list[Optimizer]
     loss_fn: LossFn
     loader: Loader
@@ -62,13 +67,18 @@ class Run:
         """Where the run's checkpoints and metrics lie."""
         return Path(self.config.out)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.mesh.device
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which forward runs."""
         return autocast(self.device, self.dtype)
 
     def save(self) -> None:
-        """Save a checkpoint of this moment."""
-        tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizers)}
+        """Save a checkpoint of this moment. Collective: every rank must call it."""
+        tensors = {**model_tensors(self.pieces), **optimizer_tensors(self.pieces, self.optimizers)}
         self.saver.save(self.progress.step, tensors, self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -89,21 +99,25 @@ class Run:
         }
 
 
-def set_up(config: Config, resume: str = "auto") -> Run:
-    """Build a run and load what it starts from.
+def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Run:
+    """Build a run and load what it starts from. Collective: every rank of the mesh must call it.
 
+    mesh: this rank's place; one rank on `compute.device` if not given.
     resume: "auto" goes on from the newest complete checkpoint in `config.out` if there is one; "never" starts anew and
     refuses a folder that holds checkpoints; anything else is the run's or checkpoint's folder to go on from.
     Raises ConfigError, DataError or CheckpointError before the first step.
     """
     checkpoint = _checkpoint_to_resume(Path(config.out), resume)
-    device = choose_device(config.compute.device)
+    if mesh is None:
+        resolve_layout(config, 1)
+        mesh = one_rank(choose_device(config.compute.device))
+    device = mesh.device
     if config.compute.threads:
         torch.set_num_threads(config.compute.threads)
     compile_blocks = wants_compile(config.compute, device)
     tokenizer = find_tokenizer(config.data)
-    _check_memory(config, device)
-    loader, held_out = _open_data(config, tokenizer, pin=device.type == "cuda")
+    _check_memory(config, mesh)
+    loader, held_out = _open_data(config, tokenizer, mesh)
     _check_tokenizer_fits(tokenizer, config)
     if checkpoint or config.load.checkpoint:
         start = checkpoint or Path(config.load.checkpoint or "")
@@ -112,18 +126,21 @@ def set_up(config: Config, resume: str = "auto") -> Run:
             _check_same_optimizer(checkpoint, config)
     dtype = choose_dtype(config.compute, device)
     warn_of_slow_attention(device, dtype)
-    model = _build(config, device, compile_blocks)
+    model = build_laid_out(config, mesh, dtype, compile_blocks)
+    pieces = make_pieces(model, mesh, config.parallel.sequence)
+    fill_pieces(pieces, config)
     run = Run(
         config=config,
-        device=device,
+        mesh=mesh,
         dtype=dtype,
         model=model,
-        optimizers=build_optimizers(model, config.optimizer),
+        pieces=pieces,
+        optimizers=build_optimizers(pieces, config.optimizer, mesh),
         loss_fn=next_token_loss(config.loss, _byte_table(tokenizer, config, device)),
         loader=loader,
         held_out=held_out,
         tokenizer=tokenizer,
-        saver=Saver(Path(config.out), config.checkpoint, lambda folder: _write_files(folder, config, tokenizer)),
+        saver=Saver(Path(config.out), config.checkpoint, lambda folder: _write_files(folder, config, tokenizer), mesh),
         progress=Progress(),
         scaler=LossScaler() if dtype == torch.float16 else None,
         spikes=SpikeRule(config.train),
@@ -131,7 +148,7 @@ def set_up(config: Config, resume: str = "auto") -> Run:
     if checkpoint:
         _resume(run, checkpoint)
     elif config.load.checkpoint:
-        load_weights(model, Path(config.load.checkpoint))
+        load_weights(pieces, Path(config.load.checkpoint), mesh)
         logger.info("weights from %s", config.load.checkpoint)
     return run
 
@@ -145,14 +162,26 @@ def find_tokenizer(data: DataConfig) -> Tokenizer | None:
     return load_tokenizer(path) if path else None
 
 
-def _open_data(config: Config, tokenizer: Tokenizer | None, pin: bool) -> tuple[Loader, dict[str, ValidationBatches]]:
+def _open_data(config: Config, tokenizer: Tokenizer | None, mesh: Mesh) -> tuple[Loader, dict[str, ValidationBatches]]:
     fingerprint = tokenizer.fingerprint if tokenizer else None
-    loader = Loader(config.data, config.batch, config.seed, config.model.vocab_size, pin=pin, fingerprint=fingerprint)
+    rank, world, pin = mesh.place.data, mesh.layout.data, mesh.device.type == "cuda"
+    loader = Loader(
+        config.data,
+        config.batch,
+        config.seed,
+        config.model.vocab_size,
+        rank=rank,
+        world=world,
+        pin=pin,
+        fingerprint=fingerprint,
+    )
     held_out = validation_batches(
         config.data,
         config.batch,
         config.model.vocab_size,
         max_sequences=config.validation.max_sequences,
+        rank=rank,
+        world=world,
         pin=pin,
         fingerprint=fingerprint,
     )
@@ -179,17 +208,21 @@ def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
     return chosen
 
 
-def _check_memory(config: Config, device: torch.device) -> None:
+def _check_memory(config: Config, mesh: Mesh) -> None:
     """Refuse a model whose weights, gradients and optimizer alone don't fit, before anything is allocated."""
+    device, layout = mesh.device, mesh.layout
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = 16 * config.model.num_params  # float32: weights, gradients, two moments
+    own = config.model.num_params / (layout.tensor * layout.pipeline)
+    # float32: weights, gradients, two moments; each as finely as it is cut between steps.
+    needed = own * (4 / layout.shard + 4 / layout.grads + 8 / layout.optimizer)
     if needed > there:
         raise ConfigError(
             f"model: {config.model.num_params:,} parameters need {needed / 2**30:,.1f} GiB for weights, gradients and "
-            f"optimizer, and {device.type} has {there / 2**30:,.1f}; choose a smaller model or a larger device"
+            f"optimizer on each rank, and {device.type} has {there / 2**30:,.1f}; choose a smaller model, a larger "
+            "device, or more ranks and a finer sharding"
         )
 
 
@@ -226,13 +259,6 @@ def _hash_of(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def _build(config: Config, device: torch.device, compile_blocks: bool) -> CausalLM:
-    model = build_empty_model(config.model, device)
-    init_weights(model, config.model, config.seed)
-    prepare_model(model, list(model.model.layers), config.compute, compile_blocks)
-    return model
-
-
 def _resume(run: Run, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     for line in diff(_saved_config(checkpoint), run.config):
@@ -240,7 +266,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     for name, source in _describe_sources(run.loader).items():
         if state["sources"].get(name, source) != source:
             logger.warning("the data of source %r has changed since the checkpoint: the order won't be the same", name)
-    load_everything(run.model, run.optimizers, checkpoint)
+    load_everything(run.pieces, run.optimizers, checkpoint, run.mesh)
     run.progress = Progress.from_state_dict(state["progress"])
     run.loader.load_state_dict(state["data"])
     run.spikes.load_state_dict(state["spikes"])

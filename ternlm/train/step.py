@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch.optim import Optimizer
 
+from ternlm.config import Config
 from ternlm.data.batch import Batch
 from ternlm.model.decoder import CausalLM
-from ternlm.ops.attention import make_segment_attend
 from ternlm.optim.clip import gradient_norm, scale_gradients
+from ternlm.parallel.mesh import Mesh
+from ternlm.parallel.pieces import Piece, clear_gradients, gather_updates, reduce_gradients
+from ternlm.parallel.sharding import sync_gradients
+from ternlm.train.distributed import own_part
 from ternlm.train.objective import Loss, LossFn
 
 
@@ -29,11 +33,10 @@ class BatchLoss:
     """The loss function's sums over the batch, by data type."""
 
 
-def forward_loss(model: CausalLM, loss_fn: LossFn, batch: Batch, device: torch.device) -> Loss:
-    """Compute one microbatch's loss on `device`."""
-    batch = batch.to(device, non_blocking=True)
-    attend = make_segment_attend(batch.lengths, device)
-    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attend)
+def forward_loss(model: CausalLM, loss_fn: LossFn, batch: Batch, mesh: Mesh, config: Config) -> Loss:
+    """Compute this rank's part of one microbatch's loss."""
+    batch, attend, rope_length = own_part(batch, mesh, config)
+    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attend, rope_length)
     return loss_fn(model.lm_head, hidden_BTD, batch)
 
 
@@ -41,55 +44,62 @@ def accumulate_gradients(
     model: CausalLM,
     loss_fn: LossFn,
     microbatches: Sequence[Batch],
-    device: torch.device,
+    mesh: Mesh,
+    config: Config,
     autocast: Callable[[], AbstractContextManager[object]],
     scale: float = 1.0,
 ) -> BatchLoss:
     """Add to the gradients those of the global batch's mean loss, times the result's `divisor`.
 
-    The mean is over what the loss function counted in all microbatches, so that accumulating equals one big batch;
-    the count is known only after the last of them, and `update_weights` divides by it.
+    The mean is over what the loss function counted in all microbatches of all ranks, so that accumulating equals one
+    big batch; the count is known only after the last of them, and `update_weights` divides by it.
+    Collective: every rank must call it, with its share of the batch.
     """
     # Sums over thousands of tokens would leave float16's range, so a constant of their size divides them at once.
     constant = scale / max(sum(batch.tokens_BT.numel() for batch in microbatches), 1)
     losses = []
     for batch in microbatches:
+        sync_gradients(model, mesh, last=batch is microbatches[-1])
         with autocast():
-            loss = forward_loss(model, loss_fn, batch, device)
+            loss = forward_loss(model, loss_fn, batch, mesh, config)
         (loss.total * constant).backward()
         losses.append(Loss(loss.total.detach(), loss.tokens, loss.metrics))
-    return read_losses(losses, constant)
+    return read_losses(losses, mesh, constant)
 
 
-def read_losses(losses: Sequence[Loss], constant: float = 1.0) -> BatchLoss:
-    """Add up microbatches' losses and read them back from the device.
+def read_losses(losses: Sequence[Loss], mesh: Mesh, constant: float = 1.0) -> BatchLoss:
+    """Add up microbatches' losses over all ranks and read them back from the device.
 
-    constant: what their totals were multiplied with before backward.
+    constant: what their totals were multiplied with before backward. Collective: every rank must call it.
     """
-    count = float(torch.stack([loss.tokens for loss in losses]).sum())
-    total = float(torch.stack([loss.total.double() for loss in losses]).sum())
-    sums = {name: torch.stack([loss.metrics[name] for loss in losses]).sum(0).tolist() for name in losses[0].metrics}
+    names = list(losses[0].metrics)
+    parts = [[loss.tokens, loss.total, *(loss.metrics[name] for name in names)] for loss in losses]
+    flat = torch.stack([torch.cat([value.double().flatten() for value in part]) for part in parts]).sum(0)
+    count, total, *rest = mesh.add_up((flat if mesh.counts_loss else torch.zeros_like(flat)).tolist())
+    width = len(rest) // len(names) if names else 0
+    sums = {name: rest[i * width : (i + 1) * width] for i, name in enumerate(names)}
     return BatchLoss(total / max(count, 1.0), count, constant * count, sums)
 
 
 def update_weights(
-    model: CausalLM,
+    pieces: Sequence[Piece],
     optimizers: Sequence[Optimizer],
+    mesh: Mesh,
     clip_norm: float,
     divisor: float = 1.0,
     apply: bool = True,
 ) -> float:
-    """Divide, clip and apply the gradients, then clear them; return the norm of the divided ones.
+    """Sum over ranks, divide, clip and apply the gradients, then clear them; return the norm of the divided ones.
 
-    Where the norm isn't finite, or `apply` is false, the weights stay as they are.
+    Where the norm isn't finite, or `apply` is false, the weights stay as they are. Collective.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = gradient_norm(parameters) / divisor
+    reduce_gradients(pieces, mesh)
+    norm = gradient_norm(pieces, mesh) / divisor
     value = float(norm)
     if apply and math.isfinite(value):
-        scale_gradients(parameters, norm, divisor, clip_norm)
+        scale_gradients(pieces, norm, divisor, clip_norm)
         for optimizer in optimizers:
             optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+        gather_updates(pieces, mesh)
+    clear_gradients(pieces)
     return value

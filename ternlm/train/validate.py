@@ -9,7 +9,10 @@ from ternlm.train.step import forward_loss, read_losses
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """Return `validation_loss/NAME` and the like for each held-out set, over its same sequences each time."""
+    """Return `validation_loss/NAME` and the like for each held-out set, over its same sequences each time.
+
+    Collective: every rank must call it.
+    """
     metrics: dict[str, float] = {}
     # Uncompiled: compiling the blocks once more, without gradients, would cost more than it saves.
     with torch.compiler.set_stance("force_eager"):
@@ -17,7 +20,7 @@ def validate(run: Run) -> dict[str, float]:
             losses = []
             for batch in batches:
                 with run.autocast():
-                    losses.append(forward_loss(run.model, run.loss_fn, batch, run.device))
-            sums = {key: sum(values) for key, values in read_losses(losses).metrics.items()}
+                    losses.append(forward_loss(run.model, run.loss_fn, batch, run.mesh, run.config))
+            sums = {key: sum(values) for key, values in read_losses(losses, run.mesh).metrics.items()}
             metrics |= loss_metrics(sums, name, prefix="validation_")
     return metrics

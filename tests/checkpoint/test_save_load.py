@@ -17,13 +17,25 @@ from ternlm.config.training import CheckpointConfig, OptimizerConfig
 from ternlm.model.decoder import build_model
 from ternlm.model.init import init_weights
 from ternlm.optim.groups import build_optimizers
+from ternlm.parallel.mesh import one_rank
+from ternlm.parallel.pieces import make_pieces
+
+ONE = one_rank(torch.device("cpu"))
+
+
+def pieces(model):
+    return make_pieces(model, ONE)
+
+
+def optimizers_of(model, config):
+    return build_optimizers(pieces(model), config, ONE)
 
 
 def make(seed, kind="adamw", **shape):
     config = ModelConfig(preset="tiny-gqa", attention_bias=True, **shape)
     model = build_model(config)
     init_weights(model, config, seed)
-    return config, model, build_optimizers(model, OptimizerConfig(kind=kind))
+    return config, model, optimizers_of(model, OptimizerConfig(kind=kind))
 
 
 def train(model, optimizers, seed):
@@ -35,10 +47,10 @@ def train(model, optimizers, seed):
 
 
 def save(run, steps, config, model, optimizers, **settings):
-    saver = Saver(run, CheckpointConfig(**settings), lambda folder: None)
+    saver = Saver(run, CheckpointConfig(**settings), lambda folder: None, ONE)
     state = {"model": config.model_dump(mode="json"), "tokenizer": {"fingerprint": "f"}}
     for step in steps:
-        tensors = {**model_tensors(model), **optimizer_tensors(model, optimizers)}
+        tensors = {**model_tensors(pieces(model)), **optimizer_tensors(pieces(model), optimizers)}
         saver.save(step, tensors, {**state, "step": step})
     saver.finish()
 
@@ -56,7 +68,7 @@ def test_weights_and_optimizer_go_on_bit_for_bit(tmp_path, kind, tie, wait):
     train(model, optimizers, 0)
     save(tmp_path, [1], config, model, optimizers, wait=wait)
     _, again, its = make(2, kind, tie_word_embeddings=tie)
-    load_everything(again, its, tmp_path)
+    load_everything(pieces(again), its, tmp_path, ONE)
     for seed in (1, 2):
         train(model, optimizers, seed)
         train(again, its, seed)
@@ -67,13 +79,13 @@ def test_a_background_save_writes_the_weights_of_its_moment(tmp_path):
     _, model, optimizers = make(1)
     train(model, optimizers, 0)
     before = [p.detach().clone() for p in model.parameters()]
-    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None)
-    saver.save(1, {**model_tensors(model), **optimizer_tensors(model, optimizers)}, {})
+    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None, ONE)
+    saver.save(1, {**model_tensors(pieces(model)), **optimizer_tensors(pieces(model), optimizers)}, {})
     for seed in range(5):
         train(model, optimizers, seed)
     saver.finish()
     _, again, _ = make(2)
-    load_weights(again, tmp_path)
+    load_weights(pieces(again), tmp_path, ONE)
     assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
 
 
@@ -82,8 +94,8 @@ def test_learning_rate_and_decay_come_from_the_settings_not_the_checkpoint(tmp_p
     train(model, optimizers, 0)
     save(tmp_path, [1], config, model, optimizers)
     again = make(2)[1]
-    its = build_optimizers(again, OptimizerConfig(lr=7e-3, weight_decay=0.5))
-    load_everything(again, its, tmp_path)
+    its = optimizers_of(again, OptimizerConfig(lr=7e-3, weight_decay=0.5))
+    load_everything(pieces(again), its, tmp_path, ONE)
     assert its[0].param_groups[0]["lr"] == 7e-3
     assert its[0].param_groups[0]["weight_decay"] == 0.5
 
@@ -110,7 +122,7 @@ def test_saving_again_over_an_incomplete_folder_works(tmp_path):
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_text("half")
     save(tmp_path, [1], *make(1))
-    load_weights(make(2)[1], folder)
+    load_weights(pieces(make(2)[1]), folder, ONE)
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -119,8 +131,8 @@ def test_a_failed_save_leaves_nothing_and_is_raised_at_the_end(tmp_path, wait):
         raise OSError("disk full")
 
     _, model, _ = make(1)
-    saver = Saver(tmp_path, CheckpointConfig(wait=wait), write_files)
-    saver.save(1, model_tensors(model), {})
+    saver = Saver(tmp_path, CheckpointConfig(wait=wait), write_files, ONE)
+    saver.save(1, model_tensors(pieces(model)), {})
     with pytest.raises(CheckpointError, match="disk full"):
         saver.finish()
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -131,8 +143,8 @@ def test_a_failure_of_dcp_itself_is_caught_too(tmp_path, monkeypatch):
         raise CheckpointException("save", {0: (OSError("no space left"), None)})
 
     monkeypatch.setattr("torch.distributed.checkpoint.save", fail)
-    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None)
-    saver.save(1, model_tensors(make(1)[1]), {})
+    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None, ONE)
+    saver.save(1, model_tensors(pieces(make(1)[1])), {})
     with pytest.raises(CheckpointError, match="failed: OSError: no space left"):
         saver.finish()
     assert list((tmp_path / "checkpoints").iterdir()) == []
@@ -155,9 +167,9 @@ def test_the_save_after_a_failed_one_is_tried_and_counts(tmp_path):
             raise trouble
 
     _, model, _ = make(1)
-    saver = Saver(tmp_path, CheckpointConfig(), write_files)
-    saver.save(1, model_tensors(model), {})
-    saver.save(2, model_tensors(model), {})
+    saver = Saver(tmp_path, CheckpointConfig(), write_files, ONE)
+    saver.save(1, model_tensors(pieces(model)), {})
+    saver.save(2, model_tensors(pieces(model)), {})
     saver.finish()
     assert complete_steps(tmp_path) == [2]
 
@@ -185,7 +197,7 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, pattern, damage):
     else:
         path.write_bytes(data if damage == "bit" else data[:-1])
     with pytest.raises(CheckpointError, match=re.escape(path.name)):
-        load_weights(make(2)[1], tmp_path)
+        load_weights(pieces(make(2)[1]), tmp_path, ONE)
 
 
 def test_damaged_facts_are_refused_when_only_they_are_read(tmp_path):
@@ -201,7 +213,7 @@ def test_a_marker_without_checksums_is_refused(tmp_path, text):
     save(tmp_path, [1], *make(1))
     (checkpoint_folder(tmp_path, 1) / MARKER).write_text(text)
     with pytest.raises(CheckpointError, match="COMPLETE: "):
-        load_weights(make(2)[1], tmp_path)
+        load_weights(pieces(make(2)[1]), tmp_path, ONE)
 
 
 def test_sha256sum_understands_the_marker(tmp_path):

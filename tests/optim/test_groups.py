@@ -5,10 +5,17 @@ from ternlm.config.model import ModelConfig
 from ternlm.config.training import OptimizerConfig
 from ternlm.model.decoder import build_model
 from ternlm.optim.groups import build_optimizers
+from ternlm.parallel.mesh import one_rank
+from ternlm.parallel.pieces import make_pieces
 
 
 def model():
     return build_model(ModelConfig(preset="tiny", attention_bias=True, qk_norm=True))
+
+
+def optimizers_of(lm, config):
+    mesh = one_rank(torch.device("cpu"))
+    return build_optimizers(make_pieces(lm, mesh), config, mesh)
 
 
 def decays(optimizers, model):
@@ -21,19 +28,19 @@ def decays(optimizers, model):
 
 def test_norms_and_biases_are_not_decayed():
     lm = model()
-    decayed = {name for name, decay in decays(build_optimizers(lm, OptimizerConfig()), lm).items() if decay}
+    decayed = {name for name, decay in decays(optimizers_of(lm, OptimizerConfig()), lm).items() if decay}
     assert decayed == {name for name, p in lm.named_parameters() if p.ndim == 2}
 
 
 def test_decay_all_decays_everything_as_the_ancestor_did():
     lm = model()
-    assert set(decays(build_optimizers(lm, OptimizerConfig(decay_all=True)), lm).values()) == {0.1}
+    assert set(decays(optimizers_of(lm, OptimizerConfig(decay_all=True)), lm).values()) == {0.1}
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tie):
     lm = build_model(ModelConfig(preset="tiny", tie_word_embeddings=tie))
-    adamw, muon = build_optimizers(lm, OptimizerConfig(kind="muon"))
+    adamw, muon = optimizers_of(lm, OptimizerConfig(kind="muon"))
     names = {parameter: name for name, parameter in lm.named_parameters()}
     taken = {names[p] for group in muon.param_groups for p in group["params"]}
     assert taken == {name for name in names.values() if "proj.weight" in name}

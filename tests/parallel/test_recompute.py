@@ -9,7 +9,7 @@ from ternlm.model.decoder import build_model
 from ternlm.model.init import init_weights
 from ternlm.ops.attention import make_segment_attend
 from ternlm.parallel import apply
-from ternlm.parallel.apply import prepare_model, wants_compile
+from ternlm.parallel.apply import prepare_blocks, wants_compile
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(preset="tiny-gqa", attention_bias=True)
@@ -20,7 +20,7 @@ def gradients(compute, lengths=LENGTHS):
     model = build_model(CONFIG)
     init_weights(model, CONFIG, 1)
     names = [name for name, _ in model.named_parameters()]
-    prepare_model(model, list(model.model.layers), compute, wants_compile(compute, CPU))
+    prepare_blocks(list(model.model.layers), compute, wants_compile(compute, CPU))
     assert [name for name, _ in model.named_parameters()] == names
     tokens = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])

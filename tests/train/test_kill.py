@@ -19,6 +19,8 @@ from ternlm.config import config_to_dict, load_config
 from ternlm.data.prepare import prepare
 from ternlm.data.train_tokenizer import train_tokenizer
 from ternlm.model.decoder import build_model
+from ternlm.parallel.mesh import one_rank
+from ternlm.parallel.pieces import make_pieces
 
 STEPS = 400
 RECIPE = """
@@ -88,7 +90,8 @@ def wait_for_half_written_save(run, process):
 
 def weights(run):
     model = build_model(read_model_config(run))
-    load_weights(model, run)
+    mesh = one_rank(torch.device("cpu"))
+    load_weights(make_pieces(model, mesh), run, mesh)
     return model.state_dict()
 
 

@@ -95,8 +95,8 @@ def test_low_precision_follows_float32(make_config, dtype):
 def test_overflow_of_float16_skips_steps_until_the_scale_fits(make_config, monkeypatch):
     real, calls = loop.accumulate_gradients, []
 
-    def overflowing(model, loss_fn, microbatches, device, autocast, scale):
-        loss = real(model, loss_fn, microbatches, device, autocast, scale)
+    def overflowing(model, *args):
+        loss, scale = real(model, *args), args[-1]
         calls.append(scale)
         if scale > 2**14:
             next(model.parameters()).grad.fill_(math.inf)
@@ -325,7 +325,7 @@ def test_a_rows_loss_is_that_of_its_documents_alone(make_config, packing):
     batch_settings = {"global_sequences": 4, "microbatch_sequences": 4}
     run = set_up(make_config(data={"packing": packing, "seq_len": 64}, batch=batch_settings))
     batch = next(run.loader)[0]
-    together = loop.accumulate_gradients(run.model, run.loss_fn, [batch], run.device, run.autocast)
+    together = loop.accumulate_gradients(run.model, run.loss_fn, [batch], run.mesh, run.config, run.autocast)
     gradients = {name: parameter.grad for name, parameter in run.model.named_parameters()}
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros(())

@@ -1,0 +1,105 @@
+"""The process groups of a layout: one object that everything which communicates is handed.
+
+Mesh axes are (pipeline, outer, shard, tensor), tensor fastest: `outer` x `shard` are the data ranks, which hold the
+same weights; `context` groups lie inside them. On one rank there is no group, and nothing communicates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ternlm.config.layout import Layout, Place
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's groups in a layout; a group of one rank is None."""
+
+    layout: Layout
+    place: Place
+    device: torch.device
+    pipeline: ProcessGroup | None = None
+    context: ProcessGroup | None = None
+    tensor: ProcessGroup | None = None
+    shard: ProcessGroup | None = None
+    """Data ranks that FSDP cuts among."""
+    across: ProcessGroup | None = None
+    """Data ranks that hold the same FSDP shard and cut its optimizer states among them."""
+    replicas: ProcessGroup | None = None
+    """Data ranks that hold the same optimizer states."""
+    control: ProcessGroup | None = None
+    """All ranks, over gloo, for checkpoints that are written while training goes on, which uses the default group."""
+    fsdp: DeviceMesh | None = None
+    """What `fully_shard` takes: (outer, shard), or (shard,) where optimizer states are cut wider."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.place.rank == 0
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether the losses that this rank computes are no other rank's, too."""
+        return self.place.tensor == 0 and self.place.pipeline == self.layout.pipeline - 1
+
+    def agree(self, values: Sequence[float]) -> list[float]:
+        """Return the greatest of each value over all ranks. Collective: every rank must call it."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over all ranks, in double precision. Collective: every rank must call it."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.layout.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return tensor.tolist()
+
+
+def one_rank(device: torch.device) -> Mesh:
+    """Return the mesh of a process that works alone."""
+    return Mesh(Layout(), Place(), device)
+
+
+def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
+    """Make the groups of a layout. Collective: every rank must call it, after `init_process_group`."""
+    place = layout.place(rank)
+    if layout.world == 1:
+        return Mesh(layout, place, device)
+    outer = layout.data_ranks // layout.shard
+    sizes = (layout.pipeline, outer, layout.shard, layout.tensor)
+    root = init_device_mesh(device.type, sizes, mesh_dim_names=("pipeline", "outer", "shard", "tensor"))
+    ranks = torch.arange(layout.world).view(
+        layout.pipeline, outer // layout.across, layout.across, layout.shard, layout.tensor
+    )
+    by_context = torch.arange(layout.world).view(-1, layout.context, layout.tensor).transpose(1, 2)
+    fsdp = None
+    if layout.data_ranks > 1:
+        fsdp = root["shard"] if layout.across > 1 else root["outer", "shard"]
+    return Mesh(
+        layout,
+        place,
+        device,
+        pipeline=root.get_group("pipeline") if layout.pipeline > 1 else None,
+        context=_own_group(by_context, rank) if layout.context > 1 else None,
+        tensor=root.get_group("tensor") if layout.tensor > 1 else None,
+        shard=root.get_group("shard") if layout.shard > 1 else None,
+        across=_own_group(ranks.movedim(2, -1), rank) if layout.across > 1 else None,
+        replicas=_own_group(ranks.movedim(1, -1), rank) if 1 < layout.across < outer else None,
+        control=dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo"),
+        fsdp=fsdp,
+    )
+
+
+def _own_group(ranks: torch.Tensor, rank: int) -> ProcessGroup:
+    """Make a group of each row of ranks (last dimension); return the one that `rank` is in."""
+    rows = ranks.reshape(-1, ranks.shape[-1]).tolist()
+    own, _ = dist.new_subgroups_by_enumeration(rows)
+    assert own is not None, f"rank {rank} is in none of {rows}"
+    return own

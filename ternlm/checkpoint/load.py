@@ -13,7 +13,7 @@ from ternlm.checkpoint.checksums import check_files
 from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.save import STATE_FILE
-from ternlm.checkpoint.tensors import model_tensors, one_process, optimizer_tensors
+from ternlm.checkpoint.tensors import LoadPlanner, model_tensors, one_process, optimizer_tensors
 from ternlm.config.model import ModelConfig
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
@@ -95,6 +95,7 @@ def _load(tensors: dict[str, Any], folder: Path, mesh: Mesh) -> None:
             dcp.load(
                 tensors,
                 storage_reader=dcp.FileSystemReader(folder),
+                planner=LoadPlanner(),
                 process_group=mesh.control,
                 no_dist=mesh.control is None,
             )

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ternlm.checkpoint.checksums import digests, marker_text
 from ternlm.checkpoint.errors import CheckpointError, cause_of
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, remove_incomplete, sync
-from ternlm.checkpoint.tensors import copy_to_cpu, one_process
+from ternlm.checkpoint.tensors import SavePlanner, copy_to_cpu, one_process
 from ternlm.config.training import CheckpointConfig
 from ternlm.parallel.mesh import Mesh
 
@@ -91,6 +91,7 @@ class Saver:
             dcp.save(
                 tensors,
                 storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
+                planner=SavePlanner(),
                 process_group=self._mesh.control,
                 no_dist=self._mesh.control is None,
             )

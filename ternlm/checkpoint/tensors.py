@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from ternlm.parallel.pieces import Piece
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A part of a tensor that others hold the rest of; DCP knows it by the three methods of its protocol."""
+    """A part of a tensor; DCP plans with its two methods, and the planners below find its tensor."""
 
     tensor: Tensor
     offset: tuple[int, ...]
@@ -44,8 +45,23 @@ class Rectangle:
             return []
         return [ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=self.tensor.shape)]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.tensor
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's planner, which finds the tensor of a rectangle, too."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return what is to be written."""
+        value = self.state_dict[index.fqn]
+        return value.tensor if isinstance(value, Rectangle) else super().lookup_object(index)
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """DCP's planner, which finds the tensor of a rectangle, too."""
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return what is to be filled."""
+        value = self.state_dict[index.fqn]
+        return value.tensor if isinstance(value, Rectangle) else super().lookup_tensor(index)
 
 
 def model_tensors(pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -128,17 +128,28 @@ class CausalLM(nn.Module):
         rope_length: longest context (tokens) that dynamic rope scaling is to assume; the largest position of this
         call + 1 when not given. A decoder with a cache must fix it, since cached keys keep their rotation.
         """
+        x_BTD = self.embed(tokens_BT)
+        cos, sin = self.rotations(positions_BT, x_BTD.dtype, rope_length)
+        for block in self.model.layers:
+            x_BTD = block(x_BTD, cos, sin, attend)
+        return self.model.norm(x_BTD)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return the tokens' embeddings in the dtype in which the blocks compute, (B, T, D)."""
         x_BTD = self.model.embed_tokens(tokens_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
+        return x_BTD
+
+    def rotations(
+        self, positions_BT: Tensor, dtype: torch.dtype, rope_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the cos and sin that the blocks take; `rope_length` as in `forward`."""
         if rope_length is None:
             # Reading a position back would stall a GPU, so only where the scaling depends on it.
             dynamic = self.config.rope_scaling.kind == "dynamic"
             rope_length = int(positions_BT.max()) + 1 if dynamic else 0
-        cos, sin = rope_tables(self.config, positions_BT, rope_length, x_BTD.dtype)
-        for block in self.model.layers:
-            x_BTD = block(x_BTD, cos, sin, attend)
-        return self.model.norm(x_BTD)
+        return rope_tables(self.config, positions_BT, rope_length, dtype)
 
 
 def build_model(config: ModelConfig) -> CausalLM:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def lay_out(
     model: nn.Module,
     blocks: Sequence[nn.Module],
-    units: Sequence[nn.Module],
+    roots: Sequence[tuple[nn.Module, Sequence[nn.Module]]],
     mesh: Mesh,
     dtype: torch.dtype,
     settings: tuple[ComputeConfig, ParallelConfig, ShardingConfig],
@@ -30,7 +30,8 @@ def lay_out(
 ) -> None:
     """Cut for tensor parallelism, set up recompute, compile each block, cut over data ranks.
 
-    model: on the meta device where there are several ranks. units: what FSDP gathers one at a time.
+    model: this rank's part. roots: what is called from outside, the model or its stages, each with the units that
+    FSDP gathers one at a time.
     Tensor parallelism comes first, since it changes shapes; FSDP last, since its gathers can't be part of a graph.
     """
     compute, parallel, sharding = settings
@@ -39,7 +40,8 @@ def lay_out(
     prepare_blocks(blocks, compute, compile_blocks)
     if mesh.fsdp is not None:
         reduce_dtype = torch.float32 if sharding.reduce_dtype == "float32" else torch.bfloat16
-        shard_model(model, units, mesh, dtype, reduce_dtype)
+        for root, units in roots:
+            shard_model(root, units, mesh, dtype, reduce_dtype)
 
 
 def prepare_blocks(blocks: Sequence[nn.Module], compute: ComputeConfig, compile_blocks: bool) -> None:

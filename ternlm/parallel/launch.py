@@ -1,19 +1,25 @@
-"""How a rank finds the others: torchrun's or Slurm's environment, read once, before anything is allocated.
+"""How a rank finds the others and how it ends: torchrun's or Slurm's environment, what is logged, the exit code.
 
-Does not start ranks: `torchrun` and `srun` do.
+Loads no torch, so that a mistake in the settings shows at once. Does not start ranks: `torchrun` and `srun` do.
 """
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+import time
+import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from typing import NoReturn
 
 from ternlm.config.section import ConfigError
+
+ALIKE_SECONDS = 5.0
+"""How long other ranks wait with an error of the user's for rank 0, which mostly finds and prints the same."""
+
+
+class FailedElsewhere(RuntimeError):
+    """This rank ends because another failed, whose traceback says why."""
 
 
 @dataclass(frozen=True)
@@ -35,42 +41,10 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         return Launch(*_integers(environment, names, "start the ranks with torchrun"))
     # A shell inside an allocation has SLURM_JOB_ID; only a task that srun started has SLURM_STEP_ID and a rank of it.
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         return Launch(*_integers(environment, names, "start the ranks with srun"))
     return Launch()
-
-
-@contextmanager
-def process_group(launch: Launch, device: torch.device, timeout_minutes: float) -> Iterator[None]:
-    """Join the ranks for the time of the block; does nothing on one rank.
-
-    A rank that hears nothing from another for `timeout_minutes` raises, and the launcher ends the job.
-    """
-    if launch.world == 1:
-        yield
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise ConfigError(
-            "MASTER_ADDR isn't set, the address of the first node; under Slurm set it in the job's script: "
-            "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
-        )
-    os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=launch.rank,
-        world_size=launch.world,
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
-    try:
-        yield
-    except BaseException:
-        # Others may hang in a collective that this rank won't join: no waiting for them, the launcher ends them.
-        raise
-    else:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def log_from(launch: Launch) -> None:
@@ -82,6 +56,29 @@ def log_from(launch: Launch) -> None:
         root.setLevel(logging.WARNING)
     for handler in root.handlers:
         handler.setFormatter(logging.Formatter(f"[rank {launch.rank}] %(message)s" if launch.rank else "%(message)s"))
+
+
+def end_rank(launch: Launch, error: BaseException, message: str | None) -> NoReturn:
+    """Print what went wrong on this rank of several and end it, with exit code 2 where the user can put it right.
+
+    message: what to print instead of a traceback. Ends at once: the interpreter's own end would wait for threads and
+    process groups whose other side may be gone.
+    """
+    if message is not None and launch.rank:
+        # The launcher ends this rank as soon as rank 0 has said the same, so that it is said once.
+        time.sleep(ALIKE_SECONDS)
+    if message is not None:
+        text = f"error: {message}"
+    elif isinstance(error, FailedElsewhere):
+        text = str(error)
+    else:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    prefix = f"[rank {launch.rank}] " if launch.rank or message is None else ""
+    sys.stdout.flush()
+    # One write, so that the lines of several ranks don't mix.
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stderr.flush()
+    os._exit(1 if message is None else 2)
 
 
 def _integers(environment: Mapping[str, str], names: tuple[str, ...], remedy: str) -> list[int]:

@@ -6,13 +6,18 @@ same weights; `context` groups lie inside them. On one rank there is no group, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ternlm.config.layout import Layout, Place
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,6 @@ class Mesh:
         """Whether this is rank 0, which writes what is written once."""
         return self.place.rank == 0
 
-    @property
-    def counts_loss(self) -> bool:
-        """Whether the losses that this rank computes are no other rank's, too."""
-        return self.place.tensor == 0 and self.place.pipeline == self.layout.pipeline - 1
-
     def agree(self, values: Sequence[float]) -> list[float]:
         """Return the greatest of each value over all ranks. Collective: every rank must call it."""
         return self._reduce(values, dist.ReduceOp.MAX)
@@ -53,6 +53,15 @@ class Mesh:
     def add_up(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all ranks, in double precision. Collective: every rank must call it."""
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def tell_pipeline(self, value: T | None) -> T:
+        """Return the value of the one rank of this pipeline that has one. Collective over `pipeline`."""
+        if self.pipeline is None:
+            assert value is not None
+            return value
+        values: list[T | None] = [None] * self.layout.pipeline
+        dist.all_gather_object(values, value, group=self.pipeline)
+        return next(told for told in values if told is not None)
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.layout.world == 1:
@@ -67,8 +76,11 @@ def one_rank(device: torch.device) -> Mesh:
     return Mesh(Layout(), Place(), device)
 
 
-def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
-    """Make the groups of a layout. Collective: every rank must call it, after `init_process_group`."""
+def make_mesh(layout: Layout, rank: int, device: torch.device, timeout_minutes: float | None = None) -> Mesh:
+    """Make the groups of a layout. Collective: every rank must call it, after `init_process_group`.
+
+    timeout_minutes: of each collective; PyTorch's own for new groups if not given, half an hour on gloo.
+    """
     place = layout.place(rank)
     if layout.world == 1:
         return Mesh(layout, place, device)
@@ -82,7 +94,7 @@ def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
     fsdp = None
     if layout.data_ranks > 1:
         fsdp = root["shard"] if layout.across > 1 else root["outer", "shard"]
-    return Mesh(
+    mesh = Mesh(
         layout,
         place,
         device,
@@ -95,6 +107,11 @@ def make_mesh(layout: Layout, rank: int, device: torch.device) -> Mesh:
         control=dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo"),
         fsdp=fsdp,
     )
+    if timeout_minutes is not None:
+        own = (mesh.context, mesh.across, mesh.replicas, mesh.control)
+        for group in (*root.get_all_groups(), *(group for group in own if group is not None)):
+            _set_pg_timeout(timedelta(minutes=timeout_minutes), group)  # public functions set it for the default alone
+    return mesh
 
 
 def _own_group(ranks: torch.Tensor, rank: int) -> ProcessGroup:

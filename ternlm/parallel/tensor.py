@@ -59,35 +59,30 @@ def cut_tensors(model: Any, group: ProcessGroup, sequence: bool) -> None:
     model: a causal language model on the meta device, or holding the same values on every rank.
     sequence: whether what lies between the matrices (norms, residual stream) is cut along the sequence too.
     """
-    tied = model.lm_head is not None and _tied(model)
+    parts = dict(model.model.named_children())  # a stage of a pipeline has some of them
+    embedding: Any = parts.get("embed_tokens")
+    norm: Any = parts.get("norm")
+    head: Any = dict(model.named_children()).get("lm_head")
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
     for module_name, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             dim = cut_dimension(f"{module_name}.{name}" if module_name else name)
             if dim is not None:
                 setattr(module, name, nn.Parameter(_own_part(parameter, dim, group)))
     if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        head.weight = embedding.weight
     enter = gather_sequence if sequence else copy_to_ranks
     leave = scatter_sequence if sequence else sum_over_ranks
-    decoder: Any = model.model
-    if decoder.embed_tokens is not None:
-        decoder.embed_tokens.forward = _embedding(decoder.embed_tokens, group, leave)
-    for block in _blocks(decoder):
+    for block in parts["layers"]:
         for part, last in ((block.self_attn, block.self_attn.o_proj), (block.mlp, block.mlp.down_proj)):
             part.forward = _entered(part.forward, group, enter)
             last.forward = _row_linear(last, group, leave)
-    if decoder.norm is not None:
-        decoder.norm.forward = _left(decoder.norm.forward, group, enter)
-    if model.lm_head is not None:
-        model.lm_head.forward = _head(model.lm_head, group)
-
-
-def _tied(model: Any) -> bool:
-    return model.model.embed_tokens is not None and model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def _blocks(decoder: Any) -> list[Any]:
-    return list(decoder.layers.values() if isinstance(decoder.layers, nn.ModuleDict) else decoder.layers)
+    if embedding is not None:
+        embedding.forward = _embedding(embedding, group, leave)
+    if norm is not None:
+        norm.forward = _left(norm.forward, group, enter)
+    if head is not None:
+        head.forward = _head(head, group)
 
 
 def _own_part(parameter: nn.Parameter, dim: int, group: ProcessGroup) -> Tensor:

@@ -1,13 +1,15 @@
-"""The model of a run, laid out over its ranks, and which of each microbatch a rank computes.
+"""The model of a run, laid out over its ranks, and how microbatches go through it.
 
-On one rank nothing here does more than build the model; `ternlm.parallel` does the cutting.
+On one rank this builds the model and calls it; `ternlm.parallel` does the cutting and the pipeline.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ternlm.config import Config
 from ternlm.data.batch import Batch
@@ -18,9 +20,69 @@ from ternlm.parallel.apply import lay_out, prepare_blocks
 from ternlm.parallel.context import context_index, make_context_attend
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
+from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling
+from ternlm.parallel.sharding import sync_gradients
+from ternlm.parallel.stages import Microbatch, Stage, cut_stage, join_stages, split_layers, stage_costs, stages_of
+from ternlm.train.objective import Loss, LossFn
+
+Autocast = Callable[[], AbstractContextManager[object]]
 
 
-def build_laid_out(config: Config, mesh: Mesh, dtype: torch.dtype, compile_blocks: bool) -> CausalLM:
+@dataclass(frozen=True)
+class LaidOut:
+    """This rank's part of the model. Its methods are collective: every rank must call them with its microbatches."""
+
+    config: Config
+    mesh: Mesh
+    model: Any
+    """What holds the parameters, by the whole model's names: a CausalLM, or the joined stages of a pipeline."""
+    pipeline: Pipeline | None = None
+
+    def backward(
+        self, microbatches: Sequence[Batch], loss_fn: LossFn, autocast: Autocast, constant: float
+    ) -> list[Loss]:
+        """Add to the gradients those of the losses' sum times `constant`; return the losses, detached.
+
+        In a pipeline only the rank with the last stage gets them.
+        """
+        if self.pipeline is not None:
+            return self.pipeline.run([self._fed(batch, loss_fn, constant) for batch in microbatches], autocast)
+        losses = []
+        for batch in microbatches:
+            sync_gradients(self.model, self.mesh, last=batch is microbatches[-1])
+            with autocast():
+                loss = self._loss(batch, loss_fn)
+            (loss.total * constant).backward()
+            losses.append(_detached(loss))
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], loss_fn: LossFn, autocast: Autocast) -> list[Loss]:
+        """Return the losses of any number of microbatches, without gradients; as for `backward`."""
+        if self.pipeline is not None:
+            return self.pipeline.evaluate([self._fed(batch, loss_fn, 1.0) for batch in batches], autocast)
+        losses = []
+        for batch in batches:
+            with autocast():
+                losses.append(self._loss(batch, loss_fn))
+        return losses
+
+    def _loss(self, batch: Batch, loss_fn: LossFn) -> Loss:
+        own = own_part(batch, self.mesh, self.config)
+        hidden_BTD = self.model(own.batch.tokens_BT, own.batch.positions_BT, own.attend, own.rope_length)
+        return loss_fn(self.model.lm_head, hidden_BTD, own.batch)
+
+    def _fed(self, batch: Batch, loss_fn: LossFn, constant: float) -> Microbatch:
+        own = own_part(batch, self.mesh, self.config)
+
+        def stage_loss(head: Any, hidden_BTD: Tensor) -> tuple[Tensor, Loss]:
+            loss = loss_fn(head, hidden_BTD, own.batch)
+            return loss.total * constant, _detached(loss)
+
+        return Microbatch(own.batch.tokens_BT, own.batch.positions_BT, own.attend, stage_loss, own.rope_length)
+
+
+def build_laid_out(config: Config, mesh: Mesh, dtype: torch.dtype, compile_blocks: bool) -> LaidOut:
     """Build this rank's part of the model; its memory holds anything until it is filled or loaded.
 
     dtype: of the matrix products.
@@ -28,20 +90,29 @@ def build_laid_out(config: Config, mesh: Mesh, dtype: torch.dtype, compile_block
     if mesh.layout.world == 1:
         model = build_empty_model(config.model, mesh.device)
         prepare_blocks(list(model.model.layers), config.compute, compile_blocks)
-        return model
-    if config.model.tie_word_embeddings:  # to_empty would make two tensors of the one
+        return LaidOut(config, mesh, model)
+    tied = config.model.tie_word_embeddings
+    if tied:  # to_empty would make two tensors of the one
         model = build_empty_model(config.model, mesh.device)
     else:
         with torch.device("meta"):
             model = build_model(config.model)
-    blocks = list(model.model.layers)
-    # Tied, the head's weight is the embedding's and stays with it.
-    units = blocks if config.model.tie_word_embeddings else [*blocks, model.lm_head]
     settings = (config.compute, config.parallel, config.sharding)
-    lay_out(model, blocks, units, mesh, dtype, settings, compile_blocks)
-    if not config.model.tie_word_embeddings:
-        model.to_empty(device=mesh.device)
-    return model
+    stages = _cut_stages(model, config, mesh) if mesh.pipeline is not None else {}
+    part: nn.Module = join_stages(stages.values()) if stages else model
+    # What FSDP takes as roots, each with the units that it gathers by themselves.
+    roots: list[tuple[Any, list[nn.Module]]] = []
+    for root in stages.values() if stages else [model]:
+        units = list(root.model.layers)
+        if not tied and (not isinstance(root, Stage) or root.last):
+            units.append(root.lm_head)
+        roots.append((root, units))
+    blocks = list(part.model.layers)  # type: ignore[union-attr,arg-type]
+    lay_out(part, blocks, roots, mesh, dtype, settings, compile_blocks)
+    if not tied:
+        part.to_empty(device=mesh.device)
+    pipeline = _make_pipeline(stages, config, mesh, dtype) if stages else None
+    return LaidOut(config, mesh, part, pipeline)
 
 
 def fill_pieces(pieces: Sequence[Piece], config: Config) -> None:
@@ -77,3 +148,29 @@ def own_part(batch: Batch, mesh: Mesh, config: Config) -> OwnPart:
     dynamic = config.model.rope_scaling.kind == "dynamic"
     rope_length = int(batch.positions_BT.max()) + 1 if dynamic else None
     return OwnPart(part.to(mesh.device, non_blocking=True), attend, rope_length)
+
+
+def _detached(loss: Loss) -> Loss:
+    return Loss(loss.total.detach(), loss.tokens, loss.metrics)
+
+
+def _cut_stages(model: CausalLM, config: Config, mesh: Mesh) -> dict[int, Stage]:
+    parallel = config.parallel
+    count = mesh.layout.pipeline * parallel.stages_per_rank
+    costs = stage_costs(config.model, config.data.seq_len)
+    layers = split_layers(config.model.num_hidden_layers, count, *costs)
+    own = stages_of(mesh.place.pipeline, mesh.layout.pipeline, parallel.pipeline_schedule, parallel.stages_per_rank)
+    return {stage: cut_stage(model, layers[stage], stage == 0, stage == count - 1) for stage in own}
+
+
+def _make_pipeline(stages: dict[int, Stage], config: Config, mesh: Mesh, dtype: torch.dtype) -> Pipeline:
+    assert mesh.pipeline is not None
+    degree = mesh.layout.tensor if config.parallel.sequence else 1
+    return Pipeline(
+        stages,
+        config.parallel.pipeline_schedule,
+        mesh.pipeline,
+        mesh.device,
+        Travelling(config.model.hidden_size, dtype, degree),
+        Reduction(each_microbatch=mesh.layout.grads > 1, reshard=mesh.layout.reshard),
+    )

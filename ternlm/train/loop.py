@@ -44,8 +44,9 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
     stop_file = StopFile(train.stop_file if run.mesh.is_first else None, progress.step)
     saved_at = now = time.monotonic()
     first = True
-    try:
-        with StopSignals() as signals:
+    # Signals are only noted until the last save is on the disk: a second SIGTERM must not kill it.
+    with StopSignals() as signals:
+        try:
             for microbatches in batches:
                 facts = train_step(run, microbatches)
                 step_seconds = time.monotonic() - now
@@ -72,8 +73,8 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
                 if run.stopped:
                     logger.info("stopped after step %d: %s", progress.step, run.stopped)
                     break
-    finally:
-        run.saver.finish()
+        finally:
+            run.saver.finish()
 
 
 def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
@@ -87,7 +88,7 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
         return None
     apply_schedule(run.optimizers, progress.updates, config.train.steps, config.optimizer, config.schedule)
     scale = run.scaler.scale if run.scaler else 1.0
-    loss = accumulate_gradients(run.model, run.loss_fn, microbatches, run.mesh, config, run.autocast, scale)
+    loss = accumulate_gradients(run.laid_out, run.loss_fn, microbatches, run.autocast, scale)
     if not loss.count:
         logger.warning("step %d has no token to train on: its documents have no targets with loss", progress.step)
         update_weights(run.pieces, run.optimizers, run.mesh, 0.0, apply=False)

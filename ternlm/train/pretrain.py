@@ -14,7 +14,8 @@ from ternlm.data.tokenizer import Tokenizer
 from ternlm.model.decoder import CausalLM
 from ternlm.monitor.peak import device_peak
 from ternlm.monitor.sinks import Sink, open_sinks
-from ternlm.parallel.launch import find_launch, log_from, process_group
+from ternlm.parallel.group import process_group
+from ternlm.parallel.launch import find_launch, log_from
 from ternlm.parallel.mesh import Mesh, make_mesh
 from ternlm.train.lock import run_lock
 from ternlm.train.loop import Every, train_loop
@@ -42,7 +43,7 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     log_from(launch)
     device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
     with process_group(launch, device, config.parallel.timeout_minutes), ExitStack() as stack:
-        mesh = make_mesh(layout, launch.rank, device)
+        mesh = make_mesh(layout, launch.rank, device, config.parallel.timeout_minutes)
         _first_rank_enters(Path(config.out), mesh, stack)
         return _train(set_up(config, resume, mesh), continue_texts)
 

@@ -24,14 +24,13 @@ from ternlm.config.section import ConfigError
 from ternlm.data.loader import Loader, ValidationBatches, validation_batches
 from ternlm.data.shards import MANIFEST
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
-from ternlm.model.decoder import CausalLM
 from ternlm.monitor.health import SpikeRule
 from ternlm.optim.groups import build_optimizers
 from ternlm.optim.scaler import LossScaler
 from ternlm.parallel.apply import wants_compile
 from ternlm.parallel.mesh import Mesh, one_rank
 from ternlm.parallel.pieces import Piece, make_pieces
-from ternlm.train.distributed import build_laid_out, fill_pieces
+from ternlm.train.distributed import LaidOut, build_laid_out, fill_pieces
 from ternlm.train.objective import LossFn, next_token_loss
 from ternlm.train.precision import autocast, choose_device, choose_dtype, warn_of_slow_attention
 from ternlm.train.state import Progress
@@ -46,7 +45,7 @@ class Run:
     config: Config
     mesh: Mesh
     dtype: torch.dtype
-    model: CausalLM
+    laid_out: LaidOut
     pieces: list[Piece]
     """What this rank updates of each parameter."""
     optimizers: list[Optimizer]
@@ -66,6 +65,11 @@ class Run:
     def folder(self) -> Path:
         """Where the run's checkpoints and metrics lie."""
         return Path(self.config.out)
+
+    @property
+    def model(self) -> Any:
+        """What holds this rank's parameters: a CausalLM, or the joined stages of a pipeline."""
+        return self.laid_out.model
 
     @property
     def device(self) -> torch.device:
@@ -126,14 +130,14 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Ru
             _check_same_optimizer(checkpoint, config)
     dtype = choose_dtype(config.compute, device)
     warn_of_slow_attention(device, dtype)
-    model = build_laid_out(config, mesh, dtype, compile_blocks)
-    pieces = make_pieces(model, mesh, config.parallel.sequence)
+    laid_out = build_laid_out(config, mesh, dtype, compile_blocks)
+    pieces = make_pieces(laid_out.model, mesh, config.parallel.sequence)
     fill_pieces(pieces, config)
     run = Run(
         config=config,
         mesh=mesh,
         dtype=dtype,
-        model=model,
+        laid_out=laid_out,
         pieces=pieces,
         optimizers=build_optimizers(pieces, config.optimizer, mesh),
         loss_fn=next_token_loss(config.loss, _byte_table(tokenizer, config, device)),

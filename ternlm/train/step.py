@@ -1,21 +1,17 @@
 """One optimizer step: gradients of the global batch's mean loss, then a guarded update."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
 
-from ternlm.config import Config
 from ternlm.data.batch import Batch
-from ternlm.model.decoder import CausalLM
 from ternlm.optim.clip import gradient_norm, scale_gradients
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece, clear_gradients, gather_updates, reduce_gradients
-from ternlm.parallel.sharding import sync_gradients
-from ternlm.train.distributed import own_part
+from ternlm.train.distributed import Autocast, LaidOut
 from ternlm.train.objective import Loss, LossFn
 
 
@@ -33,21 +29,8 @@ class BatchLoss:
     """The loss function's sums over the batch, by data type."""
 
 
-def forward_loss(model: CausalLM, loss_fn: LossFn, batch: Batch, mesh: Mesh, config: Config) -> Loss:
-    """Compute this rank's part of one microbatch's loss."""
-    batch, attend, rope_length = own_part(batch, mesh, config)
-    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attend, rope_length)
-    return loss_fn(model.lm_head, hidden_BTD, batch)
-
-
 def accumulate_gradients(
-    model: CausalLM,
-    loss_fn: LossFn,
-    microbatches: Sequence[Batch],
-    mesh: Mesh,
-    config: Config,
-    autocast: Callable[[], AbstractContextManager[object]],
-    scale: float = 1.0,
+    laid_out: LaidOut, loss_fn: LossFn, microbatches: Sequence[Batch], autocast: Autocast, scale: float = 1.0
 ) -> BatchLoss:
     """Add to the gradients those of the global batch's mean loss, times the result's `divisor`.
 
@@ -57,25 +40,24 @@ def accumulate_gradients(
     """
     # Sums over thousands of tokens would leave float16's range, so a constant of their size divides them at once.
     constant = scale / max(sum(batch.tokens_BT.numel() for batch in microbatches), 1)
-    losses = []
-    for batch in microbatches:
-        sync_gradients(model, mesh, last=batch is microbatches[-1])
-        with autocast():
-            loss = forward_loss(model, loss_fn, batch, mesh, config)
-        (loss.total * constant).backward()
-        losses.append(Loss(loss.total.detach(), loss.tokens, loss.metrics))
-    return read_losses(losses, mesh, constant)
+    return read_losses(laid_out.backward(microbatches, loss_fn, autocast, constant), laid_out.mesh, constant)
 
 
 def read_losses(losses: Sequence[Loss], mesh: Mesh, constant: float = 1.0) -> BatchLoss:
     """Add up microbatches' losses over all ranks and read them back from the device.
 
-    constant: what their totals were multiplied with before backward. Collective: every rank must call it.
+    losses: empty on ranks of a pipeline without the last stage. constant: what their totals were multiplied with
+    before backward. Collective: every rank must call it.
     """
-    names = list(losses[0].metrics)
+    names = list(losses[0].metrics) if losses else []
     parts = [[loss.tokens, loss.total, *(loss.metrics[name] for name in names)] for loss in losses]
-    flat = torch.stack([torch.cat([value.double().flatten() for value in part]) for part in parts]).sum(0)
-    count, total, *rest = mesh.add_up((flat if mesh.counts_loss else torch.zeros_like(flat)).tolist())
+    own = (
+        torch.stack([torch.cat([value.double().flatten() for value in part]) for part in parts]).sum(0).tolist()
+        if parts
+        else []
+    )
+    names, length = mesh.tell_pipeline((names, len(own)) if losses else None)
+    count, total, *rest = mesh.add_up(own if losses and mesh.place.tensor == 0 else [0.0] * length)
     width = len(rest) // len(names) if names else 0
     sums = {name: rest[i * width : (i + 1) * width] for i, name in enumerate(names)}
     return BatchLoss(total / max(count, 1.0), count, constant * count, sums)

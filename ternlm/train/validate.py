@@ -4,10 +4,9 @@ import torch
 
 from ternlm.train.metrics import loss_metrics
 from ternlm.train.run import Run
-from ternlm.train.step import forward_loss, read_losses
+from ternlm.train.step import read_losses
 
 
-@torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
     """Return `validation_loss/NAME` and the like for each held-out set, over its same sequences each time.
 
@@ -17,10 +16,7 @@ def validate(run: Run) -> dict[str, float]:
     # Uncompiled: compiling the blocks once more, without gradients, would cost more than it saves.
     with torch.compiler.set_stance("force_eager"):
         for name, batches in run.held_out.items():
-            losses = []
-            for batch in batches:
-                with run.autocast():
-                    losses.append(forward_loss(run.model, run.loss_fn, batch, run.mesh, run.config))
+            losses = run.laid_out.evaluate(batches, run.loss_fn, run.autocast)
             sums = {key: sum(values) for key, values in read_losses(losses, run.mesh).metrics.items()}
             metrics |= loss_metrics(sums, name, prefix="validation_")
     return metrics

@@ -95,11 +95,11 @@ def test_low_precision_follows_float32(make_config, dtype):
 def test_overflow_of_float16_skips_steps_until_the_scale_fits(make_config, monkeypatch):
     real, calls = loop.accumulate_gradients, []
 
-    def overflowing(model, *args):
-        loss, scale = real(model, *args), args[-1]
+    def overflowing(laid_out, *args):
+        loss, scale = real(laid_out, *args), args[-1]
         calls.append(scale)
         if scale > 2**14:
-            next(model.parameters()).grad.fill_(math.inf)
+            next(laid_out.model.parameters()).grad.fill_(math.inf)
         return loss
 
     monkeypatch.setattr(loop, "accumulate_gradients", overflowing)
@@ -111,10 +111,10 @@ def test_overflow_of_float16_skips_steps_until_the_scale_fits(make_config, monke
 def poison(monkeypatch, bad_steps):
     real, step = loop.accumulate_gradients, iter(range(1000))
 
-    def poisoned(model, *args):
-        loss = real(model, *args)
+    def poisoned(laid_out, *args):
+        loss = real(laid_out, *args)
         if next(step) in bad_steps:
-            next(model.parameters()).grad[0, 0] = math.nan
+            next(laid_out.model.parameters()).grad[0, 0] = math.nan
         return loss
 
     monkeypatch.setattr(loop, "accumulate_gradients", poisoned)
@@ -263,9 +263,9 @@ def test_validation_makes_no_gradient_of_the_head(make_config, monkeypatch):
 def test_data_without_a_trainable_token_end_the_run_with_the_reason(make_config, monkeypatch):
     real = loop.accumulate_gradients
 
-    def untrained(model, loss_fn, microbatches, *args):
+    def untrained(laid_out, loss_fn, microbatches, *args):
         nothing = [replace(batch, weights_BT=torch.zeros_like(batch.weights_BT)) for batch in microbatches]
-        return real(model, loss_fn, nothing, *args)
+        return real(laid_out, loss_fn, nothing, *args)
 
     monkeypatch.setattr(loop, "accumulate_gradients", untrained)
     with pytest.raises(TrainingError, match="no token to train on"):
@@ -325,7 +325,7 @@ def test_a_rows_loss_is_that_of_its_documents_alone(make_config, packing):
     batch_settings = {"global_sequences": 4, "microbatch_sequences": 4}
     run = set_up(make_config(data={"packing": packing, "seq_len": 64}, batch=batch_settings))
     batch = next(run.loader)[0]
-    together = loop.accumulate_gradients(run.model, run.loss_fn, [batch], run.mesh, run.config, run.autocast)
+    together = loop.accumulate_gradients(run.laid_out, run.loss_fn, [batch], run.autocast)
     gradients = {name: parameter.grad for name, parameter in run.model.named_parameters()}
     run.model.zero_grad(set_to_none=True)
     total = torch.zeros(())

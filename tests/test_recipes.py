@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ternlm.config import config_from_dict, load_config, render
+from ternlm.config.layout import resolve_layout
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -50,6 +51,12 @@ def test_the_ancestors_recipes_keep_its_hyper_parameters(name: str, params: int,
     assert (config.schedule.kind, config.schedule.warmup_fraction) == ("cosine", 0.01)
     assert config.schedule.min_lr * optimizer.lr == pytest.approx(1e-5)
     assert config.model.init.kind == "internlm"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_devices_that_it_names(recipe: Path) -> None:
+    named = re.search(r"^# Hardware: (\d+) x", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    resolve_layout(load_config(recipe), int(named[1]) if named else 1)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ class Mesh:
     control: ProcessGroup | None = None
     """All ranks, over gloo, for checkpoints that are written while training goes on, which uses the default group."""
     fsdp: DeviceMesh | None = None
-    """What `fully_shard` takes: (outer, shard), or (shard,) where optimizer states are cut wider."""
+    """What `fully_shard` takes: (outer, shard), or (shard,) where FSDP has nothing to reduce across its groups."""
 
     @property
     def is_first(self) -> bool:
@@ -93,7 +93,8 @@ def make_mesh(layout: Layout, rank: int, device: torch.device, timeout_minutes: 
     by_context = torch.arange(layout.world).view(-1, layout.context, layout.tensor).transpose(1, 2)
     fsdp = None
     if layout.data_ranks > 1:
-        fsdp = root["shard"] if layout.across > 1 else root["outer", "shard"]
+        # With one dimension FSDP leaves what lies across its groups to others, or there is nothing across.
+        fsdp = root["shard"] if layout.across > 1 or outer == 1 else root["outer", "shard"]
     mesh = Mesh(
         layout,
         place,

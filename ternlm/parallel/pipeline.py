@@ -299,7 +299,7 @@ class _FedStage(PipelineStage):
         if not isinstance(module, FSDPModule) or reduction is None:
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward=last_backward)
         module.set_requires_gradient_sync(last_backward or reduction.each_microbatch)
-        module.set_is_last_backward(last_backward)
+        module.set_requires_all_reduce(last_backward)
         module.set_reshard_after_backward(last_backward or reduction.reshard)
         torch.autograd.backward(bwd_kwargs["stage_output"], bwd_kwargs["output_grads"])
         tensors = [value for value in bwd_kwargs["input_values"] if isinstance(value, Tensor)]

@@ -42,11 +42,9 @@ def sync_gradients(model: nn.Module, mesh: Mesh, last: bool) -> None:
         return
     layout = mesh.layout
     model.set_requires_gradient_sync(last or layout.grads > 1)
-    if layout.across == 1:
-        model.set_requires_all_reduce(last)
+    model.set_requires_all_reduce(last)
     if not layout.reshard:
         model.set_reshard_after_backward(last)
-    model.set_is_last_backward(last)
 
 
 def _sharded(model: nn.Module) -> list[FSDPModule]:

@@ -5,7 +5,7 @@ On one rank this builds the model and calls it; `ternlm.parallel` does the cutti
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,18 @@ class LaidOut:
     model: Any
     """What holds the parameters, by the whole model's names: a CausalLM, or the joined stages of a pipeline."""
     pipeline: Pipeline | None = None
+    _told: dict[int, list[str]] = field(default_factory=dict)
+
+    def metric_names(self, losses: Sequence[Loss], num_types: int) -> list[str]:
+        """Return the names of the losses' metrics, also where the losses are on another rank of the pipeline.
+
+        num_types: of data, which tells training from validation. The last stage's rank is asked once.
+        """
+        if self.pipeline is None:
+            return list(losses[0].metrics)
+        if num_types not in self._told:
+            self._told[num_types] = self.mesh.tell_pipeline(list(losses[0].metrics) if losses else None)
+        return self._told[num_types]
 
     def backward(
         self, microbatches: Sequence[Batch], loss_fn: LossFn, autocast: Autocast, constant: float

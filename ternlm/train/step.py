@@ -40,26 +40,23 @@ def accumulate_gradients(
     """
     # Sums over thousands of tokens would leave float16's range, so a constant of their size divides them at once.
     constant = scale / max(sum(batch.tokens_BT.numel() for batch in microbatches), 1)
-    return read_losses(laid_out.backward(microbatches, loss_fn, autocast, constant), laid_out.mesh, constant)
+    losses = laid_out.backward(microbatches, loss_fn, autocast, constant)
+    return read_losses(losses, laid_out, len(microbatches[0].names), constant)
 
 
-def read_losses(losses: Sequence[Loss], mesh: Mesh, constant: float = 1.0) -> BatchLoss:
+def read_losses(losses: Sequence[Loss], laid_out: LaidOut, num_types: int, constant: float = 1.0) -> BatchLoss:
     """Add up microbatches' losses over all ranks and read them back from the device.
 
-    losses: empty on ranks of a pipeline without the last stage. constant: what their totals were multiplied with
-    before backward. Collective: every rank must call it.
+    losses: empty on ranks of a pipeline without the last stage. num_types: of data, the length of each metric.
+    constant: what their totals were multiplied with before backward. Collective: every rank must call it.
     """
-    names = list(losses[0].metrics) if losses else []
-    parts = [[loss.tokens, loss.total, *(loss.metrics[name] for name in names)] for loss in losses]
-    own = (
-        torch.stack([torch.cat([value.double().flatten() for value in part]) for part in parts]).sum(0).tolist()
-        if parts
-        else []
-    )
-    names, length = mesh.tell_pipeline((names, len(own)) if losses else None)
-    count, total, *rest = mesh.add_up(own if losses and mesh.place.tensor == 0 else [0.0] * length)
-    width = len(rest) // len(names) if names else 0
-    sums = {name: rest[i * width : (i + 1) * width] for i, name in enumerate(names)}
+    mesh, names = laid_out.mesh, laid_out.metric_names(losses, num_types)
+    own = [0.0] * (2 + len(names) * num_types)
+    if losses and mesh.place.tensor == 0:  # the other tensor ranks have the same losses
+        parts = [[loss.tokens, loss.total, *(loss.metrics[name] for name in names)] for loss in losses]
+        own = torch.stack([torch.cat([value.double().flatten() for value in part]) for part in parts]).sum(0).tolist()
+    count, total, *rest = mesh.add_up(own)
+    sums = {name: rest[i * num_types : (i + 1) * num_types] for i, name in enumerate(names)}
     return BatchLoss(total / max(count, 1.0), count, constant * count, sums)
 
 

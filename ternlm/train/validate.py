@@ -17,6 +17,6 @@ def validate(run: Run) -> dict[str, float]:
     with torch.compiler.set_stance("force_eager"):
         for name, batches in run.held_out.items():
             losses = run.laid_out.evaluate(batches, run.loss_fn, run.autocast)
-            sums = {key: sum(values) for key, values in read_losses(losses, run.mesh).metrics.items()}
+            sums = {key: sum(values) for key, values in read_losses(losses, run.laid_out, 1).metrics.items()}
             metrics |= loss_metrics(sums, name, prefix="validation_")
     return metrics

@@ -45,16 +45,33 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StderrNow()])
     try:
         app()
-    except ValueError as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # DCP's isn't an Exception
         from ternlm.config import UserError
+        from ternlm.parallel.launch import Launch, end_rank, find_launch
 
-        if not isinstance(error, UserError):
+        message = _explain(error)
+        try:
+            launch = find_launch()
+        except UserError:  # what `error` says, then
+            launch = Launch()
+        if launch.world > 1:
+            end_rank(launch, error, message)
+        if message is None:
             raise
-        _fail(str(error))
-    except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
-            raise
-        _fail(f"{error.filename or 'writing failed'}: {error.strerror}")
+        _fail(message)
+
+
+def _explain(error: BaseException) -> str | None:
+    """Return what to tell of an error that the user can put right, None of another."""
+    from ternlm.config import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'writing failed'}: {error.strerror}"
+    return None
 
 
 def _fail(message: str) -> NoReturn:
@@ -118,6 +135,25 @@ def train(
     from ternlm.train.pretrain import pretrain
 
     pretrain(settings, resume, continue_texts)
+
+
+@app.command()
+def simulate(
+    recipe: Recipe,
+    world_size: Annotated[int, typer.Option(help="Ranks of the run, one on each device.", min=1)],
+    overrides: Overrides = None,
+    rank: Annotated[int, typer.Option(help="Which of them to simulate.")] = 0,
+    devices_per_node: Annotated[int, typer.Option(help="Ranks of one node.", min=1)] = 8,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to, as JSON.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="File to write a trace to, for ui.perfetto.dev.")] = None,
+) -> None:
+    """Count the memory and messages of one rank's training step on many devices, on none."""
+    from ternlm.config import load_config
+
+    settings = load_config(recipe, overrides or [])
+    from ternlm.train.simulate_report import run_simulation
+
+    run_simulation(settings, world_size, rank, devices_per_node, json, timeline)
 
 
 @app.command()

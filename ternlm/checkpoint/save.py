@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -30,6 +31,10 @@ STATE_FILE = "state.json"
 """Facts of the run at this step: progress, data position, model and tokenizer."""
 
 
+class LostRanks(RuntimeError):
+    """Ranks could not be heard during a save; there can't be another one, so the run has to end."""
+
+
 class Saver:
     """Saves the checkpoints of one run, at most one at a time, and keeps those that the retention rule keeps."""
 
@@ -45,6 +50,7 @@ class Saver:
 
         Collective: every rank must call it.
         A save that fails is logged at once and leaves nothing behind; training goes on, and the next save is tried.
+        Raises LostRanks where the one before could not reach the other ranks.
         """
         self._join()
         if self.config.wait:
@@ -66,6 +72,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if isinstance(self._failure, LostRanks):
+            raise self._failure
 
     def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         started, folder, self._failure = time.monotonic(), checkpoint_folder(self.run, step), None
@@ -75,7 +83,9 @@ class Saver:
             self._failure = failure
             if self._mesh.is_first:
                 logger.error("saving %s failed: %s", folder, cause_of(failure))
-                shutil.rmtree(folder, ignore_errors=True)
+                # Ranks may be lost on the way out, after the marker: then the checkpoint is complete.
+                if not (isinstance(failure, LostRanks) and (folder / MARKER).exists()):
+                    shutil.rmtree(folder, ignore_errors=True)
             return
         if not self._mesh.is_first:
             return
@@ -87,7 +97,7 @@ class Saver:
 
     def _write_folder(self, folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         self._on_first(lambda: self._make_folder(folder))
-        with one_process():
+        with one_process(), self._hearing_others():
             dcp.save(
                 tensors,
                 storage_writer=dcp.FileSystemWriter(folder, sync_files=True),
@@ -127,11 +137,22 @@ class Saver:
         except Exception as failure:
             outcome = (False, failure)
         outcomes: list[Any] = [None] * self._mesh.layout.world
-        dist.all_gather_object(outcomes, outcome, group=self._mesh.control)
+        with self._hearing_others():
+            dist.all_gather_object(outcomes, outcome, group=self._mesh.control)
         for good, value in outcomes:
             if not good:
                 raise value
         return [value for _, value in outcomes]
+
+    @contextmanager
+    def _hearing_others(self) -> Iterator[None]:
+        """Tell failures of the connections from those of writing, which DCP brings to all ranks in its own error."""
+        try:
+            yield
+        except RuntimeError as trouble:
+            if self._mesh.control is None:
+                raise
+            raise LostRanks(f"a save could not reach the other ranks: {cause_of(trouble)}") from trouble
 
 
 def _write_synced(path: Path, text: str) -> None:

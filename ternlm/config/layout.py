@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ternlm.config.parallel import ShardingConfig
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
+from ternlm.config.support import check_supported
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class Place:
 
 
 def resolve_layout(config: Config, world: int) -> Layout:
-    """Return the layout of `world` ranks; raises ConfigError where the numbers don't fit each other or the model."""
+    """Return the layout of `world` ranks; raises ConfigError where the numbers don't fit each other or the model.
+
+    Also where the combination isn't tested, unless `parallel.allow_untested`.
+    """
     parallel, sharding = config.parallel, config.sharding
     degrees = parallel.pipeline * parallel.context * parallel.tensor
     if world % degrees:
@@ -83,6 +87,13 @@ def resolve_layout(config: Config, world: int) -> Layout:
     _check_tensor(config, layout)
     _check_context(config, layout)
     _check_pipeline(config, layout)
+    if config.sample.every_steps and layout.tensor * layout.pipeline > 1:
+        raise ConfigError(
+            f"sample.every_steps = {config.sample.every_steps} needs whole layers on each rank; parallel.tensor "
+            f"x pipeline is {layout.tensor * layout.pipeline}; set sample.every_steps=0 and sample from a "
+            "checkpoint with `tern generate`"
+        )
+    check_supported(config, layout)
     return layout
 
 

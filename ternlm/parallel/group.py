@@ -7,7 +7,9 @@ says where they hung. A stopped process (SIGSTOP) is left to the launcher, which
 
 import faulthandler
 import os
+import secrets
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ GRACE_SECONDS = 10.0
 """How long a rank may go on after another has failed; longer than an error of the user's waits to be printed."""
 
 _POLL_SECONDS = 1.0
-_FAILURE = "ternlm/failure"
+_FAILURE = "failure"
 
 
 @contextmanager
@@ -50,6 +52,8 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
         dist.barrier()
     except BaseException as error:
         first = _report(store, launch.rank, error)
+        if launch.rank == 0:
+            time.sleep(2 * _POLL_SECONDS)  # where it holds the store, for the others to read there what has failed
         if first is not None and not isinstance(error, UserError):
             raise FailedElsewhere(f"ends, since another failed first: {first} (here: {_one_line(error)})") from error
         raise  # and no waiting for the others, which may hang in a collective that this rank won't join
@@ -68,7 +72,8 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
     os.environ.setdefault("MASTER_PORT", "29500")
     # A collective of NCCL that times out or fails ends the process, instead of leaving it with wrong numbers.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
-    store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+    shared, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+    store = _part_of_this_start(shared, launch, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -78,6 +83,30 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
         device_id=device if device.type == "cuda" else None,
     )
     return store
+
+
+def _part_of_this_start(store: dist.Store, launch: Launch, timeout: timedelta) -> dist.Store:
+    """Return a part of the store that only the ranks of this start use. Collective.
+
+    torchrun keeps the store over restarts, with addresses of ranks that are gone, which gloo would call; and its nodes
+    may count restarts differently. So rank 0 draws a name, and answers each rank's newest greeting with it.
+    """
+    own = secrets.token_hex(8)
+    if launch.rank:
+        store.set(f"ternlm/greeting/{launch.rank}", own)
+        start = store.get(f"ternlm/answer/{own}").decode()
+        store.add(f"ternlm/here/{start}", 1)
+        return dist.PrefixStore(f"ternlm/{start}", store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while (here := 1 + store.add(f"ternlm/here/{own}", 0)) < launch.world:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"only {here} of {launch.world} ranks have started within {timeout}")
+        for rank in range(1, launch.world):
+            greeting = f"ternlm/greeting/{rank}"
+            if store.check([greeting]):
+                store.set(f"ternlm/answer/{store.get(greeting).decode()}", own)
+        time.sleep(0.05)
+    return dist.PrefixStore(f"ternlm/{own}", store)
 
 
 def _report(store: dist.Store, rank: int, error: BaseException) -> str | None:

@@ -48,12 +48,13 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def log_from(launch: Launch) -> None:
-    """Let rank 0 log everything, the others only warnings, each with its rank."""
+    """Let rank 0 log everything, the others only warnings, each with its rank, and of training itself errors."""
     if launch.world == 1:
         return
     root = logging.getLogger()
     if launch.rank:
         root.setLevel(logging.WARNING)
+        logging.getLogger("ternlm.train").setLevel(logging.ERROR)  # its warnings are the same on all ranks
     for handler in root.handlers:
         handler.setFormatter(logging.Formatter(f"[rank {launch.rank}] %(message)s" if launch.rank else "%(message)s"))
 

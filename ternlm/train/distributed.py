@@ -20,7 +20,7 @@ from ternlm.parallel.apply import lay_out, prepare_blocks
 from ternlm.parallel.context import context_index, make_context_attend
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
-from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling
+from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling, check_schedule
 from ternlm.parallel.sharding import sync_gradients
 from ternlm.parallel.stages import Microbatch, Stage, cut_stage, join_stages, split_layers, stage_costs, stages_of
 from ternlm.train.objective import Loss, LossFn
@@ -110,6 +110,8 @@ def build_laid_out(config: Config, mesh: Mesh, dtype: torch.dtype, compile_block
         with torch.device("meta"):
             model = build_model(config.model)
     settings = (config.compute, config.parallel, config.sharding)
+    if mesh.pipeline is not None:
+        _check_schedule(config, mesh, compile_blocks)
     stages = _cut_stages(model, config, mesh) if mesh.pipeline is not None else {}
     part: nn.Module = join_stages(stages.values()) if stages else model
     # What FSDP takes as roots, each with the units that it gathers by themselves.
@@ -164,6 +166,22 @@ def own_part(batch: Batch, mesh: Mesh, config: Config) -> OwnPart:
 
 def _detached(loss: Loss) -> Loss:
     return Loss(loss.total.detach(), loss.tokens, loss.metrics)
+
+
+def _check_schedule(config: Config, mesh: Mesh, compile_blocks: bool) -> None:
+    """Refuse what the pipeline's schedule can't run, at any size that the batch will have."""
+    parallel, batch, layout = config.parallel, config.batch, mesh.layout
+    every = batch.rampup.every if batch.rampup else config.train.steps
+    for sequences in sorted({batch.sequences_at(step) for step in range(0, config.train.steps, every)}):
+        check_schedule(
+            parallel.pipeline_schedule,
+            parallel.stages_per_rank,
+            layout.pipeline,
+            microbatches=sequences // (batch.microbatch_sequences * layout.data),
+            compiled=compile_blocks,
+            recomputed=config.compute.recompute > 0,
+            cut=layout.grads > 1,
+        )
 
 
 def _cut_stages(model: CausalLM, config: Config, mesh: Mesh) -> dict[int, Stage]:

@@ -73,8 +73,12 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
                 if run.stopped:
                     logger.info("stopped after step %d: %s", progress.step, run.stopped)
                     break
-        finally:
-            run.saver.finish()
+        except BaseException as error:
+            # Of several ranks some may be gone, and the save with them: no waiting for it.
+            if run.mesh.layout.world == 1 or isinstance(error, UserError):
+                run.saver.finish()
+            raise
+        run.saver.finish()
 
 
 def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:

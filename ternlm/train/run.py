@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import platform
+import zlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,7 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Ru
     if mesh is None:
         resolve_layout(config, 1)
         mesh = one_rank(choose_device(config.compute.device))
+    _check_all_see(checkpoint, mesh)
     device = mesh.device
     if config.compute.threads:
         torch.set_num_threads(config.compute.threads)
@@ -210,6 +212,17 @@ def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
             "lost; choose another out, or go on from the newest with --resume auto"
         )
     return chosen
+
+
+def _check_all_see(checkpoint: Path | None, mesh: Mesh) -> None:
+    """Refuse to start where nodes look at different folders, or at an old state of one. Collective."""
+    number = float(zlib.crc32(checkpoint.name.encode())) if checkpoint else 0.0
+    greatest, least = mesh.agree([number, -number])
+    if greatest != -least:
+        raise CheckpointError(
+            f"the ranks would go on from different checkpoints (rank {mesh.place.rank}: {checkpoint}); out must be on "
+            "a file system that all nodes share: see whether it is, and start again"
+        )
 
 
 def _check_memory(config: Config, mesh: Mesh) -> None:

@@ -100,6 +100,11 @@ def test_places_count_tensor_fastest_then_context_then_data_then_pipeline() -> N
             {"sharding": {"grads": 4, "optimizer": 2}},
             r"sharding\.optimizer = 2 must be a multiple of sharding\.grads = 4",
         ),
+        (
+            2,
+            {"parallel": {"tensor": 2}, "sample": {"every_steps": 5, "prompts": ["The"]}},
+            r"sample\.every_steps = 5 needs whole layers",
+        ),
         (4, {"sharding": {"params": 2, "grads": 4}}, r"sharding\.params = 2 must be 1 or equal to sharding\.grads = 4"),
     ],
 )

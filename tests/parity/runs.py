@@ -1,7 +1,7 @@
 """A short training run on any layout, and how far it is from one rank's. Real data, loader, loss, optimizer, step."""
 
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,12 @@ def start(folder: Path, changes: Mapping[str, Any], resume: str = "auto") -> Run
     return set_up(config, resume, mesh)
 
 
-def run_steps(run: Run, steps: int = STEPS) -> dict[str, Any]:
+def run_steps(run: Run, steps: int = STEPS, before_step: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Train, and return losses, gradient norms, what was counted, and the weights that this rank holds."""
     losses, norms, sums = [], [], []
-    for _ in range(steps):
+    for step in range(steps):
+        if before_step is not None:
+            before_step(step)
         facts = train_step(run, next(run.loader))
         assert facts is not None
         losses.append(facts.loss.mean)

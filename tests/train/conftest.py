@@ -1,10 +1,15 @@
 """A small prepared data set of arithmetic progressions, which a tiny model learns in a few steps."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ternlm.config import Config, config_from_dict
 from ternlm.data.shards import ShardWriter, write_manifest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # where `ranks` and `started` are
 
 VOCAB = 64
 

@@ -141,7 +141,8 @@ def found(shards: Path, request: pytest.FixtureRequest) -> dict[Pair, dict[str, 
 
 
 def _reshards(item: pytest.Item) -> bool:
-    return "pair" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
+    # Other files have parameters of this name, too.
+    return hasattr(item, "callspec") and isinstance(item.callspec.params.get("pair"), Pair)
 
 
 def _by_ranks(items: Any, layout_of: Any) -> list[tuple[int, list[Any]]]:

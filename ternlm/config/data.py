@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ternlm.config.section import Section, setting
+from ternlm.config.section import ConfigError, Section, setting
 
 
 class SourceConfig(Section):
@@ -59,6 +59,21 @@ class BatchConfig(Section):
                     f"{name} = {size} must be a multiple of microbatch_sequences = {self.microbatch_sequences}"
                 )
         return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ConfigError where the batches can't be shared out evenly among so many data-parallel ranks."""
+        unit = self.microbatch_sequences * ranks
+        sizes = {"batch.global_sequences": self.global_sequences}
+        if self.rampup:
+            sizes["batch.rampup.start"] = self.rampup.start
+            sizes["batch.rampup.increment"] = self.rampup.increment
+        for name, size in sizes.items():
+            if size % unit:
+                raise ConfigError(
+                    f"{name} = {size} must be a multiple of microbatch_sequences x data-parallel ranks = "
+                    f"{self.microbatch_sequences} x {ranks} = {unit}; choose {-(-size // unit) * unit}, or "
+                    "other degrees"
+                )
 
     def sequences_at(self, step: int) -> int:
         """Global batch (sequences) of the 0-based `step`."""

@@ -83,7 +83,7 @@ def resolve_layout(config: Config, world: int) -> Layout:
         )
     params, grads, optimizer = _group_sizes(sharding, world // parallel.pipeline // parallel.tensor)
     layout = Layout(world, parallel.pipeline, parallel.context, parallel.tensor, params, grads, optimizer)
-    _check_batch(config, layout)
+    config.batch.check_ranks(layout.data)
     _check_tensor(config, layout)
     _check_context(config, layout)
     _check_pipeline(config, layout)
@@ -183,21 +183,6 @@ def _check_pipeline(config: Config, layout: Layout) -> None:
             + f", and has {smallest} sequences / ({config.batch.microbatch_sequences} x {layout.data} data-parallel "
             f"ranks) = {microbatches}; raise the global batch or lower parallel.pipeline"
         )
-
-
-def _check_batch(config: Config, layout: Layout) -> None:
-    unit = config.batch.microbatch_sequences * layout.data
-    sizes = {"batch.global_sequences": config.batch.global_sequences}
-    if config.batch.rampup:
-        sizes["batch.rampup.start"] = config.batch.rampup.start
-        sizes["batch.rampup.increment"] = config.batch.rampup.increment
-    for name, size in sizes.items():
-        if size % unit:
-            raise ConfigError(
-                f"{name} = {size} must be a multiple of microbatch_sequences x data-parallel ranks = "
-                f"{config.batch.microbatch_sequences} x {layout.data} = {unit}; choose {-(-size // unit) * unit}, or "
-                "other degrees"
-            )
 
 
 def _divisors(number: int) -> list[int]:

@@ -83,7 +83,7 @@ class Loader:
         rank, world: of the data-parallel ranks. pin: put batches into page-locked memory, for CUDA.
         fingerprint: of the run's tokenizer, which the data must have been made with; None: not checked.
         """
-        _check_world(batch, world)
+        batch.check_ranks(world)
         self.wait_seconds = 0.0
         """How long the last step waited for its data."""
         self._reader = SequenceReader(data, seed=seed, vocab_size=vocab_size, fingerprint=fingerprint)
@@ -298,17 +298,3 @@ def _read_window(source: Source, position: int, vocab_size: int) -> Window:
         f"{window.ids[at]} is not below the model's vocab_size = {vocab_size}; the data was made by another "
         "tokenizer, or is damaged (`tern data inspect PATH --verify` checks it)"
     )
-
-
-def _check_world(batch: BatchConfig, world: int) -> None:
-    unit = batch.microbatch_sequences * world
-    sizes = {"batch.global_sequences": batch.global_sequences}
-    if batch.rampup:
-        sizes["batch.rampup.start"] = batch.rampup.start
-        sizes["batch.rampup.increment"] = batch.rampup.increment
-    for name, size in sizes.items():
-        if size % unit:
-            raise ConfigError(
-                f"{name} = {size} must be a multiple of microbatch_sequences x data-parallel ranks = "
-                f"{batch.microbatch_sequences} x {world} = {unit}"
-            )

@@ -66,15 +66,18 @@ def _attend_fused(offsets: Tensor, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tenso
 
 def masked_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, offsets: Tensor) -> Tensor:
     """Attend causally inside segments by a dense mask: any device and dtype, T x T memory; the reference."""
-    B, T = q_BTNH.shape[:2]
-    token = torch.arange(B * T, device=q_BTNH.device)
-    segment_BT = torch.bucketize(token, offsets, right=True).view(B, T)
-    causal = token[:T, None] >= token[None, :T]
-    mask = (segment_BT[:, :, None] == segment_BT[:, None, :]) & causal
+    mask = segment_mask(offsets, *q_BTNH.shape[:2])
     q, k, v = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
     gqa = k.shape[1] != q.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=gqa)
     return out.transpose(1, 2)
+
+
+def segment_mask(offsets: Tensor, B: int, T: int) -> Tensor:
+    """Return whether each token may see each other of its row, (B, T, T): those up to itself in its segment."""
+    token = torch.arange(B * T, device=offsets.device)
+    segment_BT = torch.bucketize(token, offsets, right=True).view(B, T)
+    return (segment_BT[:, :, None] == segment_BT[:, None, :]) & (token[:T, None] >= token[None, :T])
 
 
 @torch.library.custom_op("ternlm::segment_attention", mutates_args=(), device_types="cpu")

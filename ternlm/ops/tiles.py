@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ternlm.ops.attention import has_fused_kernel
+from ternlm.ops.attention import has_fused_kernel, segment_mask
 
 
 class Part(NamedTuple):
@@ -83,7 +83,7 @@ def attend_segments(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, offsets: Ten
         out, lse_PN = torch.ops.ternlm.segment_attention(q_BTNH, k_BTKH, v_BTKH, offsets)
         return Part(out, lse_PN.view(B, T, N))
     if not _has_flash(q_BTNH):
-        return attend_plainly(q_BTNH, k_BTKH, v_BTKH, _segment_mask(offsets, B, T))
+        return attend_plainly(q_BTNH, k_BTKH, v_BTKH, segment_mask(offsets, B, T))
     q, k, v = (x.flatten(0, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
     out, lse_NP, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, offsets, offsets, T, T, 0.0, True, return_debug_mask=False
@@ -101,7 +101,7 @@ def attend_segments_backward(
         inputs = (grad_BTNH, q_BTNH, k_BTKH, v_BTKH, out_BTNH, lse_BTN.flatten(0, 1))
         return Gradients(*torch.ops.ternlm.segment_attention_backward(*inputs, offsets))
     if not _has_flash(q_BTNH):
-        return attend_plainly_backward(grad_BTNH, q_BTNH, k_BTKH, v_BTKH, whole, _segment_mask(offsets, B, T))
+        return attend_plainly_backward(grad_BTNH, q_BTNH, k_BTKH, v_BTKH, whole, segment_mask(offsets, B, T))
     lse_NP = lse_BTN.flatten(0, 1).T.contiguous()
     grad, q, k, v, out = (x.flatten(0, 1) for x in (grad_BTNH, q_BTNH, k_BTKH, v_BTKH, out_BTNH))
     grads = _flash_backward(grad, q, k, v, out, lse_NP, offsets, T, T, causal=True)
@@ -147,12 +147,6 @@ def _scores(q_BTNH: Tensor, k_BSKH: Tensor, mask_BTS: Tensor | None) -> Tensor:
     if mask_BTS is not None:
         scores.masked_fill_(~mask_BTS[:, None, None], -math.inf)
     return scores
-
-
-def _segment_mask(offsets: Tensor, B: int, T: int) -> Tensor:
-    token = torch.arange(B * T, device=offsets.device)
-    segment_BT = torch.bucketize(token, offsets, right=True).view(B, T)
-    return (segment_BT[:, :, None] == segment_BT[:, None, :]) & (token[:T, None] >= token[None, :T])
 
 
 def _has_flash(q: Tensor) -> bool:

@@ -19,9 +19,11 @@ def build_optimizers(pieces: Sequence[Piece], config: OptimizerConfig, mesh: Mes
     Collective where matrices are cut and optimized by Muon: every rank must then step at the same time.
     Each parameter group carries `peak_lr`, which the schedule multiplies.
     """
-    is_matrix = [config.kind == "muon" and ".layers." in p.name and len(p.shape) == 2 for p in pieces]
-    matrices = [piece for piece, chosen in zip(pieces, is_matrix, strict=True) if chosen]
-    others = [piece for piece, chosen in zip(pieces, is_matrix, strict=True) if not chosen]
+    matrices: list[Piece] = []
+    others: list[Piece] = []
+    for piece in pieces:
+        in_block = ".layers." in piece.name and len(piece.shape) == 2
+        (matrices if config.kind == "muon" and in_block else others).append(piece)
     optimizers: list[Optimizer] = [_build_adamw(others, config)]
     if matrices:
         group = {

@@ -117,11 +117,9 @@ class _Step:
         self.rows = config.batch.microbatch_sequences
         self.microbatches = config.batch.global_sequences // (self.rows * layout.data)
         self.tokens = config.data.seq_len // layout.context
-        embedding, *blocks, norm = parameters(config.model, layout.tensor, config.parallel.sequence)
-        head: list[list[Parameter]] = []
-        if not config.model.tie_word_embeddings:
-            *blocks, norm, own_head = *blocks, norm
-            head = [own_head]
+        embedding, *rest = parameters(config.model, layout.tensor, config.parallel.sequence)
+        count = config.model.num_hidden_layers
+        blocks, norm, head = rest[:count], rest[count], rest[count + 1 :]  # no head of its own where it is tied
         # Of each stage, what FSDP gathers one at a time, and the rest, which is gathered once.
         self.gathered: list[tuple[list[list[Parameter]], list[Parameter]]] = []
         for stage in stages:

@@ -3,7 +3,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ternlm.ops import tiles
-from ternlm.ops.attention import masked_attention
+from ternlm.ops.attention import masked_attention, segment_mask
 
 B, T, S, H = 2, 12, 20, 8
 
@@ -38,7 +38,7 @@ def test_the_cpu_kernel_and_plain_products_agree_on_segments(heads, kv_heads, bo
     q, k, v = qkv(heads, kv_heads, T)
     offsets = torch.tensor(bounds, dtype=torch.int32)
     grad = draw(B, T, heads, H, seed=3)
-    mask = tiles._segment_mask(offsets, B, T)
+    mask = segment_mask(offsets, B, T)
     fast, plain = tiles.attend_segments(q, k, v, offsets), tiles.attend_plainly(q, k, v, mask)
     assert max(map(error, fast, plain)) < 1e-6
     assert error(plain.out_BTNH, masked_attention(q, k, v, offsets)) < 1e-6

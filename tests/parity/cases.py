@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from runs import STEPS, errors, merged, run_steps, start
+from rank_steps import STEPS, errors, merged, run_steps, start
 
 from ternlm.config.support import Case, parse_case
 from ternlm.data.batch import Batch

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cases import settings_of, train_alone, train_cases
 from matrix import page, rows
+from rank_steps import make_config
 from ranks import run_ranks
-from runs import make_config
 
 from ternlm.config.layout import resolve_layout
 from ternlm.config.support import MATRIX, TESTED, features_of, parse_case

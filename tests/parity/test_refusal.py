@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from cases import settings_of
+from rank_steps import merged, start
 from ranks import run_ranks
-from runs import merged, start
 
 from ternlm.config import ConfigError
 from ternlm.config.support import parse_case

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import settings_of
+from rank_steps import errors, merged, run_steps, start
 from ranks import run_ranks
-from runs import errors, merged, run_steps, start
 
 from ternlm.checkpoint.tensors import Rectangle, optimizer_tensors
 from ternlm.config.support import parse_case

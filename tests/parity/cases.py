@@ -54,7 +54,7 @@ ALWAYS = {"parallel": {"allow_untested": True}, "validation": {"max_sequences": 
 
 
 def settings_of(case: Case) -> dict[str, Any]:
-    """Return the changes to `runs.SETTINGS` that make the case."""
+    """Return the changes to `rank_steps.SETTINGS` that make the case."""
     params, grads, optimizer = case.sharding
     settings = merged(model_settings(case), {"sharding": dict(params=params, grads=grads, optimizer=optimizer)})
     for name, degree in case.degrees.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ternlm.config.parallel import ShardingConfig
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
+from ternlm.config.stages import check_pipeline
 from ternlm.config.support import check_supported
 
 
@@ -86,7 +87,7 @@ def resolve_layout(config: Config, world: int) -> Layout:
     config.batch.check_ranks(layout.data)
     _check_tensor(config, layout)
     _check_context(config, layout)
-    _check_pipeline(config, layout)
+    check_pipeline(config, layout)
     if config.sample.every_steps and layout.tensor * layout.pipeline > 1:
         raise ConfigError(
             f"sample.every_steps = {config.sample.every_steps} needs whole layers on each rank; parallel.tensor "
@@ -157,31 +158,6 @@ def _check_context(config: Config, layout: Layout) -> None:
         raise ConfigError(
             f"parallel.context = {degree} must divide the key/value heads of a rank, {heads}, with context_method = "
             f"'all_to_all'; choose one of {_divisors(heads)} or context_method=ring"
-        )
-
-
-def _check_pipeline(config: Config, layout: Layout) -> None:
-    if layout.pipeline == 1:
-        return
-    stages = layout.pipeline * config.parallel.stages_per_rank
-    if stages > config.model.num_hidden_layers:
-        raise ConfigError(
-            f"parallel.pipeline x stages_per_rank = {stages} must be at most model.num_hidden_layers = "
-            f"{config.model.num_hidden_layers}; lower one of them"
-        )
-    if config.model.tie_word_embeddings:
-        raise ConfigError(
-            "model.tie_word_embeddings = true needs embedding and head on one rank; set parallel.pipeline=1 or untie"
-        )
-    smallest = config.batch.rampup.start if config.batch.rampup else config.batch.global_sequences
-    microbatches = smallest // (config.batch.microbatch_sequences * layout.data)
-    needed = layout.pipeline if config.parallel.pipeline_schedule == "1f1b" else stages
-    if microbatches < needed or (config.parallel.pipeline_schedule == "interleaved" and microbatches % layout.pipeline):
-        raise ConfigError(
-            f"the pipeline needs at least {needed} microbatches a step"
-            + (f", a multiple of {layout.pipeline}" if config.parallel.pipeline_schedule == "interleaved" else "")
-            + f", and has {smallest} sequences / ({config.batch.microbatch_sequences} x {layout.data} data-parallel "
-            f"ranks) = {microbatches}; raise the global batch or lower parallel.pipeline"
         )
 
 

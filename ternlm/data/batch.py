@@ -40,6 +40,11 @@ class Batch:
         """Return this batch in page-locked memory: copies to a CUDA device can then overlap computation."""
         return self._map(Tensor.pin_memory)
 
+    def segment_lengths_BT(self) -> Tensor:
+        """Return the length of the segment that each token is in, int64, on the host."""
+        rows = [torch.tensor(row) for row in self.lengths]
+        return torch.stack([row.repeat_interleave(row) for row in rows])
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,

@@ -121,12 +121,13 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend, rope_length: int | None = None
+        self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend, rope_length: int | Tensor | None = None
     ) -> Tensor:
         """Return the normalised final hidden states, (B, T, D).
 
-        rope_length: longest context (tokens) that dynamic rope scaling is to assume; the largest position of this
-        call + 1 when not given. A decoder with a cache must fix it, since cached keys keep their rotation.
+        rope_length: context (tokens) that dynamic rope scaling is to assume, one or each token's, (B, T); where not
+        given, the largest position of this call + 1. A decoder with a cache must fix it, since cached keys keep their
+        rotation.
         """
         x_BTD = self.embed(tokens_BT)
         cos, sin = self.rotations(positions_BT, x_BTD.dtype, rope_length)
@@ -142,7 +143,7 @@ class CausalLM(nn.Module):
         return x_BTD
 
     def rotations(
-        self, positions_BT: Tensor, dtype: torch.dtype, rope_length: int | None = None
+        self, positions_BT: Tensor, dtype: torch.dtype, rope_length: int | Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the cos and sin that the blocks take; `rope_length` as in `forward`."""
         if rope_length is None:

@@ -11,17 +11,15 @@ from torch import Tensor
 from ternlm.config.model import ModelConfig
 
 
-def rope_frequencies(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
-    """Return the inverse frequencies, (H/2) float32, and the factor on cos and sin.
+def rope_frequencies(config: ModelConfig, length: int | Tensor, device: torch.device) -> tuple[Tensor, float]:
+    """Return the inverse frequencies, float32, and the factor on cos and sin.
 
-    length: longest sequence (tokens) that is to be attended over; only dynamic scaling depends on it.
+    length: of the sequence (tokens) that is to be attended over, or each token's, (B, T); only dynamic scaling depends
+    on it. The frequencies are (H/2), or (B, T, H/2) where they depend on each token's.
     """
-    head, scaling, theta = config.head_size, config.rope_scaling, config.rope_theta
-    trained = config.rope_original_length
-    if scaling.kind == "dynamic" and length > trained:
-        stretch = scaling.factor * length / trained - (scaling.factor - 1)
-        theta = theta * stretch ** (head / (head - 2))
+    head, scaling = config.head_size, config.rope_scaling
     exponents = torch.arange(0, head, 2, dtype=torch.float32, device=device) / head
+    theta = _dynamic_theta(config, length) if scaling.kind == "dynamic" else config.rope_theta
     frequencies = 1.0 / theta**exponents
     if scaling.kind == "linear":
         return frequencies / scaling.factor, 1.0
@@ -30,8 +28,10 @@ def rope_frequencies(config: ModelConfig, length: int, device: torch.device) -> 
     return frequencies, 1.0
 
 
-def rope_tables(config: ModelConfig, positions_BT: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of the positions' angles, both (B, T, 1, H)."""
+def rope_tables(
+    config: ModelConfig, positions_BT: Tensor, length: int | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the positions' angles, both (B, T, 1, H); length as for `rope_frequencies`."""
     frequencies, scale = rope_frequencies(config, length, positions_BT.device)
     angles = positions_BT[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, :, None]
@@ -42,6 +42,15 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head by its position; cos and sin as from `rope_tables`."""
     first, second = x_BTNH.chunk(2, dim=-1)
     return x_BTNH * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _dynamic_theta(config: ModelConfig, length: int | Tensor) -> float | Tensor:
+    """Return the base for sequences of this length: larger beyond the trained one (dynamic NTK), (B, T, 1) or one."""
+    head, factor, trained = config.head_size, config.rope_scaling.factor, config.rope_original_length
+    if isinstance(length, Tensor):
+        stretch = factor * length[..., None].clamp(min=trained).double() / trained - (factor - 1)
+        return (config.rope_theta * stretch ** (head / (head - 2))).float()
+    return config.rope_theta * (factor * max(length, trained) / trained - (factor - 1)) ** (head / (head - 2))
 
 
 def _yarn(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor, float]:

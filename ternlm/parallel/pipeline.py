@@ -25,8 +25,8 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from ternlm.config.section import ConfigError
-from ternlm.parallel.stages import Microbatch, Stage, is_v_shaped
+from ternlm.config.stages import is_v_shaped
+from ternlm.parallel.stages import Microbatch, Stage
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -54,45 +54,6 @@ class Reduction:
     """Reduce after each backward, for gradients that are kept cut; else once, in the last backward of a step."""
     reshard: bool = False
     """Give weights back after each backward; else only after a step's last."""
-
-
-def check_schedule(
-    schedule: str, stages_per_rank: int, ranks: int, microbatches: int, compiled: bool, recomputed: bool, cut: bool
-) -> None:
-    """Raise ConfigError where a schedule can't run so many microbatches, or this kind of model.
-
-    cut: weights or gradients are cut over data ranks between their uses (sharding.params or grads above 1).
-    """
-    _check_count(schedule, stages_per_rank, ranks, microbatches)
-    if schedule != "zero_bubble":
-        return
-    what = "parallel.pipeline_schedule = 'zero_bubble' makes weight gradients later than input gradients"
-    if compiled:
-        raise ConfigError(f"{what}, which a compiled block can't; set compute.compile=off or another schedule")
-    if recomputed:
-        raise ConfigError(
-            f"{what}, and would recompute a block for each of its weights; set compute.recompute=0 or another schedule"
-        )
-    if cut:
-        raise ConfigError(
-            f"{what}, so weights and gradients stay whole during a step; set sharding.params=1 and sharding.grads=1, "
-            "or another schedule"
-        )
-
-
-def _check_count(schedule: str, stages_per_rank: int, ranks: int, microbatches: int) -> None:
-    if microbatches < ranks:
-        raise ConfigError(
-            f"{microbatches} microbatches a step are fewer than the {ranks} ranks of the pipeline; raise the global "
-            "batch or lower parallel.pipeline"
-        )
-    rounds = microbatches // ranks
-    if schedule == "1f1b" or is_v_shaped(schedule, stages_per_rank) or microbatches % rounds == 0:
-        return
-    raise ConfigError(
-        f"{microbatches} microbatches a step must be a multiple of parallel.pipeline = {ranks} with "
-        f"pipeline_schedule = {schedule!r}; change the global batch or set pipeline_schedule=1f1b"
-    )
 
 
 class Pipeline:
@@ -162,7 +123,6 @@ class Pipeline:
         shape = shapes[0]
         key = len(microbatches), shape
         if key not in self._steps:
-            _check_count(self.schedule, len(self.stages), self.ranks, len(microbatches))
             travelling = torch.empty(shape, dtype=self.travelling.dtype, device="meta", requires_grad=True)
             reduction = None if self.schedule == "zero_bubble" else self.reduction
             stages = [

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: which layers make one, which rank has it, and its module.
+"""Stages of a pipeline as modules. Which layers make one, and which rank has it, is in `config/stages.py`.
 
 A stage is cut out of a whole model on the meta device; nothing is allocated for what other ranks hold. How stages
 are run is in `pipeline.py`. The model is taken by the names of its parts, those of Hugging Face's Llama.
@@ -7,79 +7,16 @@ Shapes: B batch, T tokens, D hidden.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
 from ternlm.ops.attention import Attend
 
 StageLoss = Callable[[nn.Module, Tensor], tuple[Tensor, Any]]
 """`(head, hidden_BTD) -> (what goes backward, what the pipeline returns)`; the second holds no graph."""
-
-
-def stage_costs(config: ModelConfig, seq_len: int) -> tuple[float, float, float]:
-    """Return the operations per token, forward and backward, of a layer, of the embedding and of the head.
-
-    6 per weight and causal attention over undivided sequences; the embedding is a lookup and counts nothing.
-    """
-    attention = 6.0 * config.num_attention_heads * config.head_size * seq_len
-    return 6.0 * config.num_layer_params + attention, 0.0, 6.0 * config.vocab_size * config.hidden_size
-
-
-def split_layers(
-    num_layers: int, num_stages: int, layer_cost: float, embed_cost: float, head_cost: float
-) -> list[range]:
-    """Cut the layers into consecutive stages so that the dearest stage is as cheap as it can be.
-
-    The first stage has the embedding too and the last the head. Each has a layer at least. Of the cuts with the same
-    dearest stage, the most even one is returned (least sum of squared costs).
-    """
-    if num_stages > num_layers:
-        raise ConfigError(
-            f"a pipeline of {num_stages} stages needs as many layers, and model.num_hidden_layers = {num_layers}; "
-            "lower parallel.pipeline or stages_per_rank"
-        )
-
-    def cost(stage: int, layers: int) -> float:
-        return layers * layer_cost + (embed_cost if stage == 0 else 0) + (head_cost if stage == num_stages - 1 else 0)
-
-    def cheapest(weigh: Callable[[float, float], float], limit: float) -> tuple[float, list[int]]:
-        # best[n] is the least weight with which the stages so far hold n layers, and where they were cut.
-        best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
-        for stage in range(num_stages):
-            further: dict[int, tuple[float, list[int]]] = {}
-            for before, (weight, cuts) in best.items():
-                for end in range(before + 1, num_layers + 1):
-                    own = cost(stage, end - before)
-                    total = weigh(weight, own)
-                    if own <= limit and (end not in further or total < further[end][0]):
-                        further[end] = total, [*cuts, end]
-            best = further
-        return best[num_layers]
-
-    dearest, _ = cheapest(max, float("inf"))
-    _, cuts = cheapest(lambda weight, own: weight + own * own, dearest)
-    return [range(start, end) for start, end in pairwise(cuts)]
-
-
-def stages_of(rank: int, ranks: int, schedule: str, stages_per_rank: int) -> list[int]:
-    """Return the stages that `rank` of the pipeline has, in the order of the model.
-
-    Round and round, rank r has r, r + ranks and so on; in a V (zero_bubble with 2 stages a rank, arXiv 2401.10241
-    section 6), rank r has r and, from the other end, 2 * ranks - 1 - r, so that rank 0 has the first and the last.
-    """
-    if is_v_shaped(schedule, stages_per_rank):
-        return [rank, 2 * ranks - 1 - rank]
-    return list(range(rank, ranks * stages_per_rank, ranks))
-
-
-def is_v_shaped(schedule: str, stages_per_rank: int) -> bool:
-    """Whether stages go down the ranks and up again."""
-    return schedule == "zero_bubble" and stages_per_rank == 2
 
 
 class Microbatch:
@@ -94,7 +31,7 @@ class Microbatch:
         positions_BT: Tensor,
         attend: Attend,
         loss: StageLoss,
-        rope_length: int | None = None,
+        rope_length: int | Tensor | None = None,
     ) -> None:
         """`rope_length`: as for the model; with dynamic scaling and sequences cut over ranks it must be given."""
         self.tokens_BT = tokens_BT
@@ -141,7 +78,7 @@ class Stage(nn.Module):
         self.model: Any = own
         # The whole model's own functions, so that a stage computes what the model does.
         self._embed: Callable[[Tensor], Tensor] = whole.embed
-        self._rotations: Callable[[Tensor, torch.dtype, int | None], tuple[Tensor, Tensor]] = whole.rotations
+        self._rotations: Callable[[Tensor, torch.dtype, int | Tensor | None], tuple[Tensor, Tensor]] = whole.rotations
 
     def forward(self, x_BTD: Tensor | None = None, *, microbatch: Microbatch) -> Tensor:
         """Return the blocks' output; on the last stage the loss, (1,).

@@ -5,13 +5,13 @@ program was seen to do. Leaves out what the host agrees on beside the step. No t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ternlm.config.layout import Layout, Place, resolve_layout
 from ternlm.config.model import ModelConfig
 from ternlm.config.run import Config
+from ternlm.config.stages import own_stages
 from ternlm.planner.traffic import Traffic, add_up, axis_ranks, lie_on_several_nodes, world_axis
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
@@ -69,48 +69,25 @@ def parameters(model: ModelConfig, tensor: int = 1, sequence: bool = True) -> li
     return units
 
 
-class OwnStage(NamedTuple):
-    """Consecutive layers that a rank has; without a pipeline all of them."""
-
-    layers: range
-    first: bool = True
-    """Whether the embedding is here too; likewise, the final norm and the head."""
-    last: bool = True
-    before: int = 0
-    """Which rank of the pipeline has the stage before; likewise, the stage after."""
-    after: int = 0
-
-
 def step_traffic(
-    config: Config,
-    world: int,
-    rank: int = 0,
-    devices_per_node: int = 8,
-    metrics: int = 4,
-    stages: Sequence[OwnStage] = (),
+    config: Config, world: int, rank: int = 0, devices_per_node: int = 8, metrics: int = 4
 ) -> list[Traffic]:
     """Return all collectives of one step of full batch size, by kind.
 
-    metrics: sums that the loss reports for each source. stages: of this rank, where there is a pipeline. Raises
-    ConfigError where the layout doesn't fit.
+    metrics: sums that the loss reports for each source. Raises ConfigError where the layout doesn't fit.
     """
     layout = resolve_layout(config, world)
-    if not stages:
-        if layout.pipeline > 1:
-            raise ValueError(f"parallel.pipeline = {layout.pipeline} needs `stages`, those of rank {rank}; give them")
-        stages = [OwnStage(range(config.model.num_hidden_layers))]
-    step = _Step(config, layout, layout.place(rank), devices_per_node, stages)
+    step = _Step(config, layout, layout.place(rank), devices_per_node)
     return [traffic for traffic in add_up(step.all(metrics)) if traffic.count]
 
 
 class _Step:
     """One rank's step."""
 
-    def __init__(
-        self, config: Config, layout: Layout, place: Place, devices_per_node: int, stages: Sequence[OwnStage]
-    ) -> None:
+    def __init__(self, config: Config, layout: Layout, place: Place, devices_per_node: int) -> None:
         self.config, self.layout, self.place = config, layout, place
-        self.devices_per_node, self.stages = devices_per_node, stages
+        self.devices_per_node = devices_per_node
+        self.stages = stages = own_stages(config, layout.pipeline, place.pipeline)
         self.axes = axis_ranks(layout, place)
         self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
         self.reduced = {"float32": 4, "bfloat16": 2}[config.sharding.reduce_dtype]

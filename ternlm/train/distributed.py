@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ternlm.config import Config
+from ternlm.config.stages import own_stages
 from ternlm.data.batch import Batch
 from ternlm.model.decoder import CausalLM, build_empty_model, build_model
 from ternlm.model.init import fill_initial
@@ -20,9 +21,9 @@ from ternlm.parallel.apply import lay_out, prepare_blocks
 from ternlm.parallel.context import context_index, make_context_attend
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
-from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling, check_schedule
+from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling
 from ternlm.parallel.sharding import sync_gradients
-from ternlm.parallel.stages import Microbatch, Stage, cut_stage, join_stages, split_layers, stage_costs, stages_of
+from ternlm.parallel.stages import Microbatch, Stage, cut_stage, join_stages
 from ternlm.train.objective import Loss, LossFn
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -110,8 +111,6 @@ def build_laid_out(config: Config, mesh: Mesh, dtype: torch.dtype, compile_block
         with torch.device("meta"):
             model = build_model(config.model)
     settings = (config.compute, config.parallel, config.sharding)
-    if mesh.pipeline is not None:
-        _check_schedule(config, mesh, compile_blocks)
     stages = _cut_stages(model, config, mesh) if mesh.pipeline is not None else {}
     part: nn.Module = join_stages(stages.values()) if stages else model
     # What FSDP takes as roots, each with the units that it gathers by themselves.
@@ -141,56 +140,41 @@ class OwnPart(NamedTuple):
     batch: Batch
     """On the rank's device."""
     attend: Attend
-    rope_length: int | None
-    """Longest position of the whole microbatch + 1, where the rotation depends on it and only a part is here."""
+    rope_length: Tensor | None
+    """Length (tokens) of each token's segment, (B, T), where the rotation depends on it: each is scaled by its own."""
 
 
 def own_part(batch: Batch, mesh: Mesh, config: Config) -> OwnPart:
     """Return the tokens of a microbatch that this rank computes, and how they attend."""
-    if mesh.context is None:
-        return OwnPart(batch.to(mesh.device, non_blocking=True), make_segment_attend(batch.lengths, mesh.device), None)
-    method = config.parallel.context_method
-    index = context_index(batch.tokens_BT.shape[1], mesh.layout.context, mesh.place.context, method)
-    part = replace(
-        batch,
-        tokens_BT=batch.tokens_BT[:, index],
-        targets_BT=batch.targets_BT[:, index],
-        weights_BT=batch.weights_BT[:, index],
-        positions_BT=batch.positions_BT[:, index],
-    )
-    attend = make_context_attend(batch.lengths, mesh.device, mesh.context, method)
     dynamic = config.model.rope_scaling.kind == "dynamic"
-    rope_length = int(batch.positions_BT.max()) + 1 if dynamic else None
-    return OwnPart(part.to(mesh.device, non_blocking=True), attend, rope_length)
+    lengths_BT = batch.segment_lengths_BT() if dynamic else None
+    if mesh.context is None:
+        attend = make_segment_attend(batch.lengths, mesh.device)
+        part = batch
+    else:
+        method = config.parallel.context_method
+        index = context_index(batch.tokens_BT.shape[1], mesh.layout.context, mesh.place.context, method)
+        attend = make_context_attend(batch.lengths, mesh.device, mesh.context, method)
+        part = replace(
+            batch,
+            tokens_BT=batch.tokens_BT[:, index],
+            targets_BT=batch.targets_BT[:, index],
+            weights_BT=batch.weights_BT[:, index],
+            positions_BT=batch.positions_BT[:, index],
+        )
+        lengths_BT = lengths_BT[:, index] if lengths_BT is not None else None
+    if lengths_BT is not None:
+        lengths_BT = lengths_BT.to(mesh.device, non_blocking=True)
+    return OwnPart(part.to(mesh.device, non_blocking=True), attend, lengths_BT)
 
 
 def _detached(loss: Loss) -> Loss:
     return Loss(loss.total.detach(), loss.tokens, loss.metrics)
 
 
-def _check_schedule(config: Config, mesh: Mesh, compile_blocks: bool) -> None:
-    """Refuse what the pipeline's schedule can't run, at any size that the batch will have."""
-    parallel, batch, layout = config.parallel, config.batch, mesh.layout
-    every = batch.rampup.every if batch.rampup else config.train.steps
-    for sequences in sorted({batch.sequences_at(step) for step in range(0, config.train.steps, every)}):
-        check_schedule(
-            parallel.pipeline_schedule,
-            parallel.stages_per_rank,
-            layout.pipeline,
-            microbatches=sequences // (batch.microbatch_sequences * layout.data),
-            compiled=compile_blocks,
-            recomputed=config.compute.recompute > 0,
-            cut=layout.grads > 1,
-        )
-
-
 def _cut_stages(model: CausalLM, config: Config, mesh: Mesh) -> dict[int, Stage]:
-    parallel = config.parallel
-    count = mesh.layout.pipeline * parallel.stages_per_rank
-    costs = stage_costs(config.model, config.data.seq_len)
-    layers = split_layers(config.model.num_hidden_layers, count, *costs)
-    own = stages_of(mesh.place.pipeline, mesh.layout.pipeline, parallel.pipeline_schedule, parallel.stages_per_rank)
-    return {stage: cut_stage(model, layers[stage], stage == 0, stage == count - 1) for stage in own}
+    own = own_stages(config, mesh.layout.pipeline, mesh.place.pipeline)
+    return {stage.number: cut_stage(model, stage.layers, stage.first, stage.last) for stage in own}
 
 
 def _make_pipeline(stages: dict[int, Stage], config: Config, mesh: Mesh, dtype: torch.dtype) -> Pipeline:

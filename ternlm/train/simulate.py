@@ -27,8 +27,7 @@ from ternlm.monitor.timeline import NominalRates, Timeline
 from ternlm.optim.groups import build_optimizers
 from ternlm.parallel.mesh import Mesh, make_mesh
 from ternlm.parallel.pieces import clear_gradients, make_pieces
-from ternlm.parallel.stages import split_layers, stage_costs, stages_of
-from ternlm.planner.step_traffic import OwnStage, chunk_tokens
+from ternlm.planner.step_traffic import chunk_tokens
 from ternlm.planner.traffic import Traffic, add_up
 from ternlm.train.distributed import build_laid_out
 from ternlm.train.objective import LossFn, next_token_loss
@@ -99,18 +98,6 @@ def simulate(
     if timeline:
         trace.write(timeline, {"world": world, "rank": rank, "microbatches": microbatches, "dtype": report.dtype})
     return report
-
-
-def own_stages(config: Config, layout: Layout, place: Place) -> list[OwnStage]:
-    """Return the stages of a rank, as the closed form of its traffic takes them."""
-    ranks, schedule, each = layout.pipeline, config.parallel.pipeline_schedule, config.parallel.stages_per_rank
-    count = ranks * each
-    layers = split_layers(config.model.num_hidden_layers, count, *stage_costs(config.model, config.data.seq_len))
-    rank_of = {stage: rank for rank in range(ranks) for stage in stages_of(rank, ranks, schedule, each)}
-    return [
-        OwnStage(layers[i], i == 0, i == count - 1, rank_of.get(i - 1, 0), rank_of.get(i + 1, 0))
-        for i in stages_of(place.pipeline, ranks, schedule, each)
-    ]
 
 
 def _is_greeting(record: Traffic) -> bool:

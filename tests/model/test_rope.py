@@ -45,3 +45,14 @@ def test_scores_depend_on_distance_alone():
         return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum()
 
     torch.testing.assert_close(score(5, 2), score(105, 102), rtol=1e-4, atol=1e-4)
+
+
+def test_each_token_is_rotated_as_in_a_batch_of_its_own_document():
+    config = ModelConfig(preset="tiny", max_position_embeddings=64, rope_scaling={"kind": "dynamic", "factor": 2.0})
+    lengths = (40, 100, 64)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    each = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))[None]
+    packed = rope_tables(config, positions, each, torch.float32)
+    alone = [rope_tables(config, torch.arange(length)[None], length, torch.float32) for length in lengths]
+    for whole, parts in zip(packed, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts, 1), rtol=1e-6, atol=1e-6)

@@ -22,15 +22,15 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ternlm.config.model import ModelConfig
-from ternlm.config.section import ConfigError
+from ternlm.config.stages import split_layers, stage_costs, stages_of
 from ternlm.config.training import LossConfig
 from ternlm.data.batch import Batch
 from ternlm.model.decoder import build_empty_model, build_model
 from ternlm.model.init import init_weights
 from ternlm.ops.attention import make_segment_attend
-from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling, check_schedule
+from ternlm.parallel.pipeline import Pipeline, Reduction, Travelling
 from ternlm.parallel.recompute import recompute_blocks
-from ternlm.parallel.stages import Microbatch, cut_stage, join_stages, split_layers, stage_costs, stages_of
+from ternlm.parallel.stages import Microbatch, cut_stage, join_stages
 from ternlm.train.objective import next_token_loss
 
 CPU = torch.device("cpu")
@@ -335,29 +335,6 @@ def test_sharded_stages_equal_one_rank_and_reduce_once_a_step_or_once_a_microbat
     for cases in found:
         for name, (_, _, counts) in cases.items():
             assert (counts["allgather"], counts["reduce_scatter"]) == traffic[name.split()[-1]], name
-
-
-@pytest.mark.parametrize(
-    ("schedule", "stages_per_rank", "microbatches", "traits", "message"),
-    [
-        ("1f1b", 1, 3, {}, "3 microbatches a step are fewer than the 4 ranks"),
-        ("interleaved", 2, 10, {}, None),
-        ("interleaved", 2, 9, {}, "9 microbatches a step must be a multiple of parallel.pipeline = 4"),
-        ("zero_bubble", 1, 9, {}, "must be a multiple of parallel.pipeline = 4"),
-        ("zero_bubble", 2, 9, {}, None),
-        ("zero_bubble", 1, 8, {"compiled": True}, "set compute.compile=off"),
-        ("zero_bubble", 1, 8, {"recomputed": True}, "set compute.recompute=0"),
-        ("zero_bubble", 1, 8, {"cut": True}, "set sharding.params=1 and sharding.grads=1"),
-        ("1f1b", 1, 9, {"compiled": True, "recomputed": True, "cut": True}, None),
-    ],
-)
-def test_what_a_schedule_cannot_run_is_refused(schedule, stages_per_rank, microbatches, traits, message):
-    traits = {"compiled": False, "recomputed": False, "cut": False} | traits
-    if message is None:
-        check_schedule(schedule, stages_per_rank, 4, microbatches, **traits)
-        return
-    with pytest.raises(ConfigError, match=message):
-        check_schedule(schedule, stages_per_rank, 4, microbatches, **traits)
 
 
 def wrong_travellers():

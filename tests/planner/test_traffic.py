@@ -1,7 +1,7 @@
 import pytest
 
 from ternlm.config import ModelConfig, config_from_dict
-from ternlm.config.layout import Layout, resolve_layout
+from ternlm.config.layout import Layout
 from ternlm.planner.step_traffic import parameters, step_traffic
 from ternlm.planner.traffic import Traffic, add_up, axis_ranks, lie_on_several_nodes, world_axis
 
@@ -109,10 +109,3 @@ def test_weights_cut_between_uses_are_gathered_twice_a_microbatch_but_for_the_em
 
 def test_one_rank_sends_nothing():
     assert step_traffic(internlm(), 1) == []
-
-
-def test_a_pipeline_needs_its_stages():
-    config = internlm(parallel={"pipeline": 4})
-    assert resolve_layout(config, 8).pipeline == 4
-    with pytest.raises(ValueError, match=r"parallel\.pipeline = 4 needs `stages`"):
-        step_traffic(config, 8)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from ternlm.config import config_from_dict
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
+from ternlm.config.stages import own_stages
 from ternlm.planner.step_traffic import parameters, step_traffic
-from ternlm.train.simulate import own_stages, simulate
+from ternlm.train.simulate import simulate
 
 
 def settings(changes=None, sequences=16):
@@ -75,8 +76,7 @@ def test_the_simulated_step_sends_what_the_closed_form_says_to_the_byte(name):
     config = settings(changes, world // shared * microbatches)
     layout = resolve_layout(config, world)
     for rank in (0, world - 1) if layout.pipeline > 1 else (world - 1,):
-        stages = own_stages(config, layout, layout.place(rank))
-        expected = set(step_traffic(config, world, rank, devices_per_node=8, stages=stages))
+        expected = set(step_traffic(config, world, rank, devices_per_node=8))
         sent = set(simulate(config, world, rank, devices_per_node=8).traffic)
         assert (sent - expected, expected - sent) == (set(), set())
 
@@ -109,7 +109,7 @@ def test_whole_gradients_that_wait_for_the_last_microbatch_are_counted_as_gradie
     config = settings({"sharding": {"optimizer": 8}, "parallel": parallel}, sequences=64)
     simulation = simulate(config, 16)
     assert simulation.microbatches >= 4
-    stages = own_stages(config, simulation.layout, simulation.place)
+    stages = own_stages(config, simulation.layout.pipeline, simulation.place.pipeline)
     held = [*stages[0].layers] if parallel else range(config.model.num_hidden_layers)
     embedding, *blocks, norm, head = parameters(config.model)
     units = [embedding, *(blocks[layer] for layer in held), *([] if parallel else [norm, head])]

@@ -171,9 +171,9 @@ def _microbatches(config: Config, layout: Layout) -> Iterator[Batch]:
     rows, tokens = config.batch.microbatch_sequences, config.data.seq_len
     names = tuple(source.name for source in config.data.sources)
     for _ in range(config.batch.global_sequences // (rows * layout.data)):
-        ids, weights = torch.zeros((rows, tokens), dtype=torch.int64), torch.ones((rows, tokens))
+        ids, targets, places = (torch.zeros((rows, tokens), dtype=torch.int64) for _ in range(3))
         types = torch.zeros(rows, dtype=torch.int64)
-        yield Batch(ids, ids, weights, ids, ((tokens,),) * rows, types, names)
+        yield Batch(ids, targets, torch.ones(rows, tokens), places, ((tokens,),) * rows, types, names)
 
 
 @contextmanager

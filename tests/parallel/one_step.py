@@ -66,9 +66,10 @@ class OneStep:
         batches = []
         for _ in range(self.config.batch.global_sequences // (rows * self.layout.data)):
             ids = torch.randint(self.config.model.vocab_size, (rows, tokens), generator=generator)
-            places = torch.arange(tokens).expand(rows, tokens)
+            places = torch.arange(tokens).repeat(rows, 1)
             types = torch.zeros(rows, dtype=torch.int64)
-            batches.append(Batch(ids, ids, torch.ones(rows, tokens), places, ((tokens,),) * rows, types, names))
+            ones = torch.ones(rows, tokens)
+            batches.append(Batch(ids, ids.clone(), ones, places, ((tokens,),) * rows, types, names))
         loss = accumulate_gradients(self.laid_out, self.loss_fn, batches, lambda: autocast(self.device, torch.float32))
         norm = update_weights(self.pieces, self.optimizers, self.mesh, 1.0, loss.divisor)
         assert loss.mean > 0

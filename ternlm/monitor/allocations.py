@@ -179,6 +179,7 @@ class AllocationLedger(TorchDispatchMode):
         for weight in module._parameters.values():
             if weight is not None and weight.requires_grad and weight not in self._hooked:
                 self._hooked[weight] = True
+                self.mark("gathered", weight, only="activations")  # where a group of one has nothing to gather
                 weight.register_hook(lambda grad: self.mark("gradients", grad, only="activations"))
 
 

@@ -158,7 +158,7 @@ def simulate(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a Hugging Face folder.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; give it again for several at a time.")],
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
@@ -173,18 +173,18 @@ def generate(
     ] = "auto",
 ) -> None:
     """Continue prompts with a trained model; a single one's text appears as it is generated."""
-    from ternlm.checkpoint.folders import find_checkpoint
-    from ternlm.checkpoint.load import load_weights, read_model_config
     from ternlm.config import ComputeConfig
-    from ternlm.data.tokenizer import load_tokenizer
+    from ternlm.convert.fill import fill_model
     from ternlm.infer.sampling import SamplingParams
     from ternlm.infer.text import generate_texts, stop_ids, stream_text
     from ternlm.model.decoder import build_empty_model
-    from ternlm.parallel.mesh import one_rank
-    from ternlm.parallel.pieces import make_pieces
+    from ternlm.train.models import open_model
     from ternlm.train.precision import autocast, choose_device, choose_dtype
 
-    tokenizer = load_tokenizer(find_checkpoint(checkpoint))
+    opened = open_model(checkpoint)
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        _fail(f"{checkpoint}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -195,9 +195,8 @@ def generate(
         stop_ids=stop_ids(tokenizer),
     )
     place = choose_device(device)
-    model = build_empty_model(read_model_config(checkpoint), place)
-    mesh = one_rank(place)
-    load_weights(make_pieces(model, mesh), checkpoint, mesh)
+    model = build_empty_model(opened.config, place)
+    fill_model(model, opened.weights)
     with autocast(place, choose_dtype(ComputeConfig(dtype=dtype), place)):
         if len(prompt) == 1:
             begun: list[str] = []  # the prompt is shown with the first piece, once nothing can be wrong with it
@@ -211,6 +210,41 @@ def generate(
             return
         for text, continuation in zip(prompt, generate_texts(model, tokenizer, prompt, params), strict=True):
             typer.echo(text + continuation)
+
+
+@app.command("export")
+def export_model(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a model of another format.")],
+    to: Annotated[Literal["hf"], typer.Option(help="hf: a folder for transformers, vLLM, LMDeploy, ModelScope.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it mustn't exist.")],
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; keep: as they are.")
+    ] = "keep",
+    rope: Annotated[
+        Literal["keep", "none", "dynamic", "static-ntk", "yarn"],
+        typer.Option(help="How to go past the trained length; static-ntk and yarn need --max-length."),
+    ] = "keep",
+    max_length: Annotated[int | None, typer.Option(help="Context to stretch to, in tokens.", min=1)] = None,
+    shard_gb: Annotated[float, typer.Option(help="Largest file, in GB.", min=0.001)] = 5.0,
+) -> None:
+    """Write a model for other programs."""
+    from ternlm.convert.export_hf import export_hf
+    from ternlm.train.models import open_model
+
+    export_hf(open_model(checkpoint), out, dtype, rope, max_length, int(shard_gb * 10**9))
+    typer.echo(f"{out}: a {to} model")
+
+
+@app.command("import")
+def import_foreign(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder of the Llama family, InternLM or InternLM2.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the checkpoint to; it mustn't exist.")],
+) -> None:
+    """Make a checkpoint of another program's model, for load.from, generate and export."""
+    from ternlm.train.models import import_model
+
+    model = import_model(source, out)
+    typer.echo(f"{out}: a checkpoint of {model.config.num_params:,} parameters")
 
 
 @data.command("tokenizer")

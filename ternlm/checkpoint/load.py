@@ -56,12 +56,19 @@ def load_everything(pieces: Sequence[Piece], optimizers: Sequence[Optimizer], ch
 
 
 def check_same_model(checkpoint: Path, model: ModelConfig, tokenizer_fingerprint: str | None) -> None:
+    """Refuse a checkpoint's weights of another shape or of another tokenizer, as `check_model`."""
+    fingerprint = read_state(checkpoint)["tokenizer"]["fingerprint"]
+    check_model(checkpoint, read_model_config(checkpoint), fingerprint, model, tokenizer_fingerprint)
+
+
+def check_model(
+    path: Path, saved: ModelConfig, saved_fingerprint: str | None, model: ModelConfig, fingerprint: str | None
+) -> None:
     """Refuse weights of another shape or of another tokenizer, naming what differs.
 
-    tokenizer_fingerprint: None where the data doesn't tell its tokenizer; then only the shape is compared.
+    The fingerprints: None where the weights' source, or the data, doesn't tell its tokenizer; then only the shape is
+    compared.
     """
-    state = read_state(checkpoint)
-    saved = read_model_config(checkpoint)
     # None of these shapes a weight; a longer context may even need another base.
     ignored = {"preset", "init", "max_position_embeddings", "rope_scaling", "rope_theta", "rms_norm_eps"}
     names = [name for name in ModelConfig.model_fields if name not in ignored | {"head_dim"}]
@@ -69,15 +76,13 @@ def check_same_model(checkpoint: Path, model: ModelConfig, tokenizer_fingerprint
         theirs, ours = _resolved(saved, name), _resolved(model, name)
         if theirs != ours:
             raise CheckpointError(
-                f"{checkpoint} was trained with model.{name} = {theirs}, this run has {ours}; "
+                f"{path} was trained with model.{name} = {theirs}, this run has {ours}; "
                 f"set model.{name} to {theirs} or start from other weights"
             )
-    theirs = state["tokenizer"]["fingerprint"]
-    if None not in (theirs, tokenizer_fingerprint) and theirs != tokenizer_fingerprint:
+    if None not in (saved_fingerprint, fingerprint) and saved_fingerprint != fingerprint:
         raise CheckpointError(
-            f"{checkpoint} was trained with another tokenizer (fingerprint {theirs}, here "
-            f"{tokenizer_fingerprint}): its ids mean other "
-            "tokens; prepare the data with the tokenizer in the checkpoint's folder, or start from other weights"
+            f"{path} was trained with another tokenizer (fingerprint {saved_fingerprint}, here {fingerprint}): its ids "
+            "mean other tokens; prepare the data with the tokenizer in that folder, or start from other weights"
         )
 
 

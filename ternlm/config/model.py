@@ -9,7 +9,7 @@ from pydantic import ConfigDict, model_validator
 
 from ternlm.config.section import Section, refuse_ignored, setting
 
-RopeKind = Literal["default", "linear", "dynamic", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 
 
 class RopeScaling(Section):
@@ -18,7 +18,7 @@ class RopeScaling(Section):
     kind: RopeKind = setting(
         "default",
         "default: unscaled; linear: positions divided by factor; dynamic: the base grows with the length "
-        "(dynamic NTK); yarn: per-frequency interpolation (arXiv 2309.00071)",
+        "(dynamic NTK); yarn: per-frequency interpolation (arXiv 2309.00071); llama3: Llama 3.1's",
     )
     factor: float = setting(1.0, "how many times the trained length is stretched", ge=1.0)
     original_max_position_embeddings: int | None = setting(
@@ -29,19 +29,28 @@ class RopeScaling(Section):
     attention_factor: float | None = setting(
         None, "yarn: scale of cos and sin; 0.1 ln(factor) + 1 when not given", gt=0
     )
+    low_freq_factor: float = setting(1.0, "llama3: rotations over the trained length up to which factor counts", gt=0)
+    high_freq_factor: float = setting(4.0, "llama3: rotations above which a frequency is left as it is", gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
         if self.kind == "default":
             refuse_ignored(self, ("factor",), "kind = 'default'", "choose another kind")
-        if self.kind not in ("dynamic", "yarn"):
+        if self.kind not in ("dynamic", "yarn", "llama3"):
             length = "original_max_position_embeddings"
-            refuse_ignored(self, (length,), f"kind = {self.kind!r}", "set kind to 'dynamic' or 'yarn'")
+            refuse_ignored(self, (length,), f"kind = {self.kind!r}", "set kind to 'dynamic', 'yarn' or 'llama3'")
+        if self.kind != "llama3":
+            bounds = ("low_freq_factor", "high_freq_factor")
+            refuse_ignored(self, bounds, f"kind = {self.kind!r}", "set kind to 'llama3'")
         if self.kind != "yarn":
             names = ("beta_fast", "beta_slow", "attention_factor")
             refuse_ignored(self, names, f"kind = {self.kind!r}", "set kind to 'yarn'")
         if self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow = {self.beta_slow} must be below beta_fast = {self.beta_fast}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor = {self.low_freq_factor} must be below high_freq_factor = {self.high_freq_factor}"
+            )
         return self
 
 

@@ -5,12 +5,10 @@ model, trains from one or writes another format reads from it, and never holds m
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
@@ -102,15 +100,14 @@ class Derived:
     make: Callable[[], Tensor]
 
 
-class SafetensorsWeights:
-    """Tensors of safetensors files under the model's names.
+class Renamed:
+    """Weights under the model's names, from those of a format.
 
-    origin: for each of the model's names, the file's own name, or how it is made.
+    origin: for each of the model's names, the format's own, or how it is made.
     """
 
-    def __init__(self, files: Mapping[str, Path], origin: Mapping[str, str | Derived]) -> None:
-        """`files`: where each of the files' own names lies."""
-        self._files, self._origin = files, origin
+    def __init__(self, own: Weights, origin: Mapping[str, str | Derived]) -> None:
+        self._own, self._origin = own, origin
 
     def names(self) -> Sequence[str]:
         """As `Weights`."""
@@ -119,43 +116,11 @@ class SafetensorsWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """As `Weights`."""
         origin = self._origin[name]
-        if isinstance(origin, Derived):
-            return origin.shape
-        with OpenSafetensors(self._files[origin]) as file:
-            return tuple(file.get_slice(origin).get_shape())
+        return origin.shape if isinstance(origin, Derived) else self._own.shape(origin)
 
     def read(self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
         """As `Weights`."""
         origin = self._origin[name]
         if isinstance(origin, Derived):
             return cut(origin.make(), offset, shape)
-        with OpenSafetensors(self._files[origin]) as file:
-            if offset is None or shape is None:
-                return file.get_tensor(origin)
-            part = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-            return file.get_slice(origin)[part]
-
-
-class OpenSafetensors:
-    """Open a safetensors file, with an error that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._stack = path, ExitStack()
-
-    def __enter__(self) -> Any:
-        try:
-            return self._stack.enter_context(safe_open(self._path, framework="pt"))
-        except (OSError, SafetensorError) as trouble:
-            raise ConvertError(f"{self._path}: can't be read ({trouble}); fetch it again") from trouble
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-
-def safetensors_files(folder: Path) -> dict[str, Path]:
-    """Return where each tensor of a Hugging Face folder lies, by its own name."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with OpenSafetensors(path) as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
+        return self._own.read(origin, offset, shape)

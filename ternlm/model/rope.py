@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), with linear, dynamic NTK and YaRN scaling.
+"""Rotary positions (arXiv 2104.09864), with linear, dynamic NTK, YaRN and Llama 3.1's scaling.
 
 Half-split rotation, as in Hugging Face's Llama and in InternLM. Shapes: B batch, T tokens, N heads, H head dim.
 """
@@ -25,6 +25,8 @@ def rope_frequencies(config: ModelConfig, length: int | Tensor, device: torch.de
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "yarn":
         return _yarn(config, frequencies)
+    if scaling.kind == "llama3":
+        return _llama3(config, frequencies), 1.0
     return frequencies, 1.0
 
 
@@ -69,3 +71,12 @@ def _yarn(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor, float]:
     if scale is None:
         scale = 0.1 * math.log(scaling.factor) + 1.0
     return mixed, scale
+
+
+def _llama3(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """Divide low frequencies by the factor, keep high ones, and go evenly from one to the other (arXiv 2407.21783)."""
+    scaling, trained = config.rope_scaling, config.rope_original_length
+    rotations = trained * frequencies / (2 * math.pi)  # over the trained length
+    kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import ternlm
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import complete_steps, find_checkpoint
-from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_state
+from ternlm.checkpoint.load import check_same_model, load_everything, read_state
 from ternlm.checkpoint.save import Saver
 from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
 from ternlm.config import Config, DataConfig, diff, load_config, render
@@ -32,6 +32,7 @@ from ternlm.parallel.apply import wants_compile
 from ternlm.parallel.mesh import Mesh, one_rank
 from ternlm.parallel.pieces import Piece, make_pieces
 from ternlm.train.distributed import LaidOut, build_laid_out, fill_pieces
+from ternlm.train.models import check_start, load_start
 from ternlm.train.objective import LossFn, next_token_loss
 from ternlm.train.precision import autocast, choose_device, choose_dtype, warn_of_slow_attention
 from ternlm.train.state import Progress
@@ -125,11 +126,13 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Ru
     _check_memory(config, mesh)
     loader, held_out = _open_data(config, tokenizer, mesh)
     _check_tokenizer_fits(tokenizer, config)
-    if checkpoint or config.load.checkpoint:
-        start = checkpoint or Path(config.load.checkpoint or "")
-        check_same_model(start, config.model, tokenizer.fingerprint if tokenizer else None)
-        if checkpoint:
-            _check_same_optimizer(checkpoint, config)
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    start = Path(config.load.checkpoint) if config.load.checkpoint else None
+    if checkpoint:
+        check_same_model(checkpoint, config.model, fingerprint)
+        _check_same_optimizer(checkpoint, config)
+    elif start:
+        check_start(start, config.model, fingerprint)
     dtype = choose_dtype(config.compute, device)
     warn_of_slow_attention(device, dtype)
     laid_out = build_laid_out(config, mesh, dtype, compile_blocks)
@@ -153,9 +156,9 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Ru
     )
     if checkpoint:
         _resume(run, checkpoint)
-    elif config.load.checkpoint:
-        load_weights(pieces, Path(config.load.checkpoint), mesh)
-        logger.info("weights from %s", config.load.checkpoint)
+    elif start:
+        load_start(pieces, start, mesh)
+        logger.info("weights from %s", start)
     return run
 
 
@@ -278,6 +281,11 @@ def _hash_of(path: Path) -> str | None:
 
 def _resume(run: Run, checkpoint: Path) -> None:
     state = read_state(checkpoint)
+    if "progress" not in state:
+        raise CheckpointError(
+            f"{checkpoint}: holds an imported model's weights alone, no run to go on with; start a new one from them: "
+            f"load.from={checkpoint}"
+        )
     for line in diff(_saved_config(checkpoint), run.config):
         logger.warning("changed since the checkpoint: %s", line)
     for name, source in _describe_sources(run.loader).items():

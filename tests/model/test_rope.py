@@ -12,6 +12,7 @@ from ternlm.model.rope import rope_tables, rotate
         {"kind": "linear", "factor": 4.0},
         {"kind": "dynamic", "factor": 2.0},
         {"kind": "yarn", "factor": 4.0},
+        {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         {"kind": "yarn", "factor": 8.0, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5},
     ],
 )
@@ -23,7 +24,7 @@ def test_angles_equal_transformers(scaling, length):
     ours = ModelConfig(preset="tiny", max_position_embeddings=64, rope_scaling=scaling)
     theirs = {"rope_theta": 10000.0, "rope_type": scaling["kind"]}
     theirs |= {key: value for key, value in scaling.items() if key != "kind"}
-    if scaling["kind"] == "yarn":
+    if scaling["kind"] in ("yarn", "llama3"):
         theirs["original_max_position_embeddings"] = 64
     config = transformers.LlamaConfig(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=64, rope_parameters=theirs

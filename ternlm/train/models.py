@@ -1,0 +1,81 @@
+"""Open a model wherever it comes from: a run, one of its checkpoints, or another format; and import the latter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ternlm
+from ternlm.checkpoint.folders import find_checkpoint
+from ternlm.checkpoint.load import check_model, check_same_model, load_weights, read_model_config, read_state
+from ternlm.checkpoint.weights import CheckpointWeights, write_weights
+from ternlm.config.model import ModelConfig
+from ternlm.convert.detect import is_foreign, open_foreign
+from ternlm.convert.weights import OpenModel
+from ternlm.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from ternlm.parallel.mesh import Mesh
+from ternlm.parallel.pieces import Piece
+
+
+def open_model(path: Path) -> OpenModel:
+    """Open a run's newest checkpoint, a checkpoint, or a model of another format.
+
+    Raises CheckpointError or ConvertError, which say what to do.
+    """
+    if is_foreign(path):
+        return open_foreign(path)
+    folder = find_checkpoint(path)
+    state = read_state(folder)
+    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
+    facts = dict(state.get("facts", {})) | {"training": _training(state)}
+    return OpenModel(folder, read_model_config(folder), CheckpointWeights(folder), tokenizer, facts)
+
+
+def import_model(source: Path, out: Path) -> OpenModel:
+    """Write a model of another format as a checkpoint that `load.from` and `tern generate` take; return it."""
+    model = open_foreign(source)
+    state = {
+        "format": 1,
+        "model": model.config.model_dump(mode="json", exclude_none=True),
+        "tokenizer": {"fingerprint": model.tokenizer.fingerprint if model.tokenizer else None},
+        "facts": {name: model.facts[name] for name in ("source", "generation", "chat_template") if name in model.facts},
+        "versions": {"ternlm": ternlm.__version__, "torch": torch.__version__},
+    }
+    tokenizer = model.tokenizer
+    write_weights(out, model.weights, state, lambda folder: tokenizer.save(folder) if tokenizer else None)
+    return model
+
+
+def check_start(path: Path, model: ModelConfig, fingerprint: str | None) -> None:
+    """Refuse a model to start from whose shape or tokenizer isn't the run's."""
+    if not is_foreign(path):
+        check_same_model(path, model, fingerprint)
+        return
+    start = open_foreign(path)
+    check_model(path, start.config, start.tokenizer.fingerprint if start.tokenizer else None, model, fingerprint)
+
+
+@torch.no_grad()
+def load_start(pieces: Sequence[Piece], path: Path, mesh: Mesh) -> None:
+    """Fill this rank's pieces of the parameters, in place; no more is read than they hold, or one tensor is.
+
+    Collective: every rank must call it.
+    """
+    if not is_foreign(path):
+        load_weights(pieces, path, mesh)
+        return
+    weights = open_foreign(path).weights
+    for piece in pieces:
+        shard = piece.shard().detach()
+        if shard.numel():
+            shard.copy_(weights.read(piece.name, tuple(piece.offset), tuple(shard.shape)))
+
+
+def _training(state: dict[str, Any]) -> dict[str, Any]:
+    progress = state.get("progress")
+    if not progress:
+        return {}
+    return {
+        "trained": f"{progress['step']:,} steps" + (f", {progress['tokens']:,} tokens" if "tokens" in progress else "")
+    }

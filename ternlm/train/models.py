@@ -76,6 +76,9 @@ def _training(state: dict[str, Any]) -> dict[str, Any]:
     progress = state.get("progress")
     if not progress:
         return {}
+    sources = ", ".join(f"{name} ({facts['tokens']:,} tokens)" for name, facts in state["sources"].items())
     return {
-        "trained": f"{progress['step']:,} steps" + (f", {progress['tokens']:,} tokens" if "tokens" in progress else "")
+        "trained for": f"{progress['step']:,} steps, {progress['tokens']:,} tokens",
+        "trained on": sources,
+        "trained with": ", ".join(f"{name} {version}" for name, version in state["versions"].items()),
     }

@@ -129,6 +129,7 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Ru
     fingerprint = tokenizer.fingerprint if tokenizer else None
     start = Path(config.load.checkpoint) if config.load.checkpoint else None
     if checkpoint:
+        _check_is_run(checkpoint)
         check_same_model(checkpoint, config.model, fingerprint)
         _check_same_optimizer(checkpoint, config)
     elif start:
@@ -254,6 +255,14 @@ def _check_tokenizer_fits(tokenizer: Tokenizer | None, config: Config) -> None:
         )
 
 
+def _check_is_run(checkpoint: Path) -> None:
+    if "progress" not in read_state(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint}: holds an imported model's weights alone, no run to go on with; start a new one from them: "
+            f"load.from={checkpoint}"
+        )
+
+
 def _check_same_optimizer(checkpoint: Path, config: Config) -> None:
     kind = _saved_config(checkpoint).optimizer.kind
     if kind != config.optimizer.kind:
@@ -281,11 +290,6 @@ def _hash_of(path: Path) -> str | None:
 
 def _resume(run: Run, checkpoint: Path) -> None:
     state = read_state(checkpoint)
-    if "progress" not in state:
-        raise CheckpointError(
-            f"{checkpoint}: holds an imported model's weights alone, no run to go on with; start a new one from them: "
-            f"load.from={checkpoint}"
-        )
     for line in diff(_saved_config(checkpoint), run.config):
         logger.warning("changed since the checkpoint: %s", line)
     for name, source in _describe_sources(run.loader).items():

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from ternlm.data.errors import DataError
 from ternlm.data.sentencepiece import SPACE, build_bpe, parse_model
 
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+_CUT = "\ue002"  # a private character
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 # Words with the sign before them, digits by threes, runs of signs, line ends and the blanks before them, blanks.
@@ -55,6 +57,20 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode plain text, without bos and eos."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Encode a text in which special tokens mean themselves, such as what a chat template adds."""
+        return self._markup.encode(text, add_special_tokens=False).ids
+
+    def markup_in(self, text: str) -> list[str]:
+        """List the special and other added tokens that `encode_markup` finds in a text, in order."""
+        added = self._backend.get_added_tokens_decoder()
+        return [added[index].content for index in self.encode_markup(text) if index in added]
+
+    def encode_typed(self, text: str) -> list[int]:
+        """Encode what somebody typed: no special or added token, whatever the text looks like."""
+        found = self._added_pattern.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)
+        return [index for part in found.split(_CUT) for index in self.encode(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode plain texts; with TOKENIZERS_PARALLELISM=false in one thread, else in many."""
@@ -113,6 +129,18 @@ class Tokenizer:
             else:
                 counts[index] = len(token.replace(SPACE, " ").encode())
         return counts
+
+    @cached_property
+    def _markup(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._text)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        added = sorted((token.content for token in self._backend.get_added_tokens_decoder().values()), reverse=True)
+        return re.compile("|".join(re.escape(content) for content in added if len(content) > 1) or r"(?!)")
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,0 +1,138 @@
+"""Conversations to text and ids: the one place where a chat protocol is defined.
+
+A protocol is a Jinja template, as exported tokenizers carry it, and the tokens that end an answer. What a user types
+can't become a special token: `encode_chat` sees to it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ternlm.data.errors import DataError
+from ternlm.data.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+
+
+@dataclass(frozen=True)
+class ChatProtocol:
+    """How a family of models is spoken with."""
+
+    template: str
+    """Jinja, given `messages`, `add_generation_prompt`, `bos_token` and `eos_token`."""
+    stop: tuple[str, ...]
+    """Tokens that end an answer."""
+
+
+INTERNLM = ChatProtocol(
+    template=(
+        "{%- set turn = namespace(newest=0) -%}"
+        "{%- for message in messages if message.role == 'user' -%}{%- set turn.newest = loop.index -%}{%- endfor -%}"
+        "{%- set asked = namespace(count=0) -%}"
+        "{%- for message in messages -%}"
+        "{%- if message.role == 'user' -%}{%- set asked.count = asked.count + 1 -%}"
+        # The text begins with <s>, and so does every turn of the past; not the newest.
+        "{%- if loop.first or (asked.count > 1 and asked.count < turn.newest) -%}{{ '<s>' }}{%- endif -%}"
+        "{{ '<|User|>:' + message.content + '<eoh>\n' }}"
+        "{%- elif message.role == 'assistant' -%}{{ '<|Bot|>:' + message.content + '<eoa>\n' }}"
+        "{%- elif message.role == 'system' and loop.first -%}{{ '<s><|System|>:' + message.content + '<eoh>\n' }}"
+        "{%- else -%}{{ raise_exception('roles are system (first), user and assistant, not ' + message.role) }}"
+        "{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|Bot|>:' }}{%- endif -%}"
+    ),
+    stop=("<eoa>", "</s>"),
+)
+"""InternLM chat (2023): `<s><|User|>:question<eoh>\\n<|Bot|>:answer<eoa>\\n`."""
+
+INTERNLM2 = ChatProtocol(
+    template=(
+        "{{ bos_token }}{%- for message in messages -%}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    ),
+    stop=("<|im_end|>", "</s>"),
+)
+"""InternLM2 chat: ChatML after `<s>`."""
+
+PROTOCOLS = {"internlm": INTERNLM, "internlm2": INTERNLM2}
+
+
+def render(
+    template: str, messages: Sequence[Message], add_generation_prompt: bool = True, tokenizer: Tokenizer | None = None
+) -> str:
+    """Return the text of a conversation; raises DataError where the template refuses it, or isn't one."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    if tokenizer is not None:
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        tokens = {name: "" if index is None else tokenizer.token_of(index) for name, index in ids.items()}
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise DataError(f"message {number} must have a role and a content, both text; it is {dict(message)!r}")
+    try:
+        compiled = _compiled(template)
+        return compiled.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens)
+    except TemplateError as trouble:
+        raise DataError(f"the chat template can't take this conversation ({trouble}); change its messages") from trouble
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], add_generation_prompt: bool = True
+) -> list[int]:
+    """Return the ids of a conversation.
+
+    Special tokens are those of the template alone: in what people typed, they are encoded as the plain text that they
+    look like. Otherwise the ids are those of the whole text at once, as transformers gives them.
+    """
+    text = render(template, messages, add_generation_prompt, tokenizer)
+    parts = split_typed(template, messages, add_generation_prompt, tokenizer)
+    if parts is None or "".join(part for part, _ in parts) != text:
+        raise DataError(
+            "the chat template changes what the messages say, so that special tokens in them can't be told from its "
+            "own; use a template that puts each content in as it is"
+        )
+    markup = [tokenizer.markup_in(part) for part, typed in parts if not typed]
+    if tokenizer.markup_in(text) == [token for tokens in markup for token in tokens]:
+        return tokenizer.encode_markup(text)
+    ids: list[int] = []
+    for part, typed in parts:
+        ids += tokenizer.encode_typed(part) if typed else tokenizer.encode_markup(part)
+    return ids
+
+
+def split_typed(
+    template: str, messages: Sequence[Message], add_generation_prompt: bool, tokenizer: Tokenizer | None = None
+) -> list[tuple[str, bool]] | None:
+    """Cut a conversation's text where the template's own and the messages' meet: (text, whether typed), in order.
+
+    None where a message's content isn't in the text just once.
+    """
+    # Content that nothing else looks like; templates that trim it or ask for its ends see a letter there.
+    marks = [f"x\ue000{number}\ue001x" for number in range(len(messages))]
+    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = render(template, marked, add_generation_prompt, tokenizer)
+    parts: list[tuple[str, bool]] = []
+    for mark, message in zip(marks, messages, strict=True):
+        if rest.count(mark) != 1:
+            return None
+        before, _, rest = rest.partition(mark)
+        parts += [(before, False), (message["content"], True)]
+    return [*parts, (rest, False)]
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment.from_string(template)

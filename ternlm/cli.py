@@ -226,12 +226,18 @@ def export_model(
     ] = "keep",
     max_length: Annotated[int | None, typer.Option(help="Context to stretch to, in tokens.", min=1)] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest file, in GB.", min=0.001)] = 5.0,
+    chat: Annotated[
+        Literal["internlm", "internlm2"] | None,
+        typer.Option(help="The protocol that it was trained to chat with.", show_default="the model's own, if any"),
+    ] = None,
 ) -> None:
     """Write a model for other programs."""
     from ternlm.convert.export_hf import export_hf
+    from ternlm.data.chat import PROTOCOLS
     from ternlm.train.models import open_model
 
-    export_hf(open_model(checkpoint), out, dtype, rope, max_length, int(shard_gb * 10**9))
+    protocol = PROTOCOLS[chat] if chat else None
+    export_hf(open_model(checkpoint), out, dtype, rope, max_length, int(shard_gb * 10**9), protocol)
     typer.echo(f"{out}: a {to} model")
 
 

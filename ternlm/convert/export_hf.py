@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from ternlm.config.model import ModelConfig, RopeScaling
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights
+from ternlm.data.chat import ChatProtocol
 from ternlm.data.tokenizer import CONFIG_FILE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ROPES = ("keep", "none", "dynamic", "static-ntk", "yarn")
+REMOTE_CODE = Path(__file__).parent / "remote_code" / "modeling_ternlm.py"
 
 
 def export_hf(
@@ -32,16 +34,20 @@ def export_hf(
     rope: str = "keep",
     max_length: int | None = None,
     shard_bytes: int = 5 * 10**9,
+    chat: ChatProtocol | None = None,
 ) -> None:
     """Write `model` into the new folder `out`.
 
     dtype: of the weights, or "keep". rope, max_length: as `stretch`. shard_bytes: of one file, at most, unless a
-    single tensor is larger. Raises ConvertError where the folder exists or the model isn't whole; nothing is left then.
+    single tensor is larger. chat: the protocol to write into the tokenizer; the source's own if not given.
+    Raises ConvertError where the folder exists or the model isn't whole; nothing is left then.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConvertError(f"{out}: exists already; choose another folder, or remove it")
     config = stretch(model.config, rope, max_length)
     check_weights(model.path, model.config, model.weights)
+    if chat is not None:
+        model = with_protocol(model, chat)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -84,6 +90,21 @@ def stretch(config: ModelConfig, rope: str, max_length: int | None) -> ModelConf
         return _replaced(config, rope_theta=theta, rope_scaling=RopeScaling(), max_position_embeddings=max_length)
     scaling = RopeScaling(kind="yarn", factor=max_length / trained, original_max_position_embeddings=trained)
     return _replaced(config, rope_scaling=scaling, max_position_embeddings=max_length)
+
+
+def with_protocol(model: OpenModel, chat: ChatProtocol) -> OpenModel:
+    """Return the model with a chat protocol of ours; raises ConvertError where its tokenizer lacks the end tokens."""
+    tokenizer = model.tokenizer
+    missing = [token for token in chat.stop if tokenizer is None or token not in tokenizer.markup_in(token)]
+    if tokenizer is None or missing:
+        raise ConvertError(
+            f"{model.path}: its tokenizer has no {' and no '.join(missing)}, with which the chat protocol ends an "
+            "answer; choose the protocol that it was trained with"
+        )
+    ends = [tokenizer.id_of(token) for token in chat.stop]
+    generation = {**model.facts.get("generation", {}), "eos_token_id": ends}
+    facts = {**model.facts, "chat_template": chat.template, "generation": generation, "eos_token": chat.stop[0]}
+    return replace(model, facts=facts)
 
 
 def _replaced(config: ModelConfig, **changes: Any) -> ModelConfig:
@@ -133,8 +154,13 @@ def _write_config(model: OpenModel, config: ModelConfig, folder: Path, written: 
         generation.setdefault(name, value)
     generation = {name: value for name, value in generation.items() if value is not None}
     end = {name: generation[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in generation}
-    dtypes = {"dtype": written["dtype"], "torch_dtype": written["dtype"]}
-    _write_json(folder / "config.json", {**write_hf_config(config), **end, **dtypes})
+    content = {**write_hf_config(config), **end, "dtype": written["dtype"], "torch_dtype": written["dtype"]}
+    if model.facts.get("chat_template"):
+        kind = content["architectures"][0].removesuffix("ForCausalLM")
+        code = REMOTE_CODE.read_text(encoding="utf-8").replace("_ARCHITECTURE_", kind)
+        (folder / REMOTE_CODE.name).write_text(code, encoding="utf-8")
+        content["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_CODE.stem}.TernForCausalLM"}
+    _write_json(folder / "config.json", content)
     _write_json(folder / "generation_config.json", generation)
 
 
@@ -145,6 +171,8 @@ def _write_tokenizer(model: OpenModel, config: ModelConfig, folder: Path) -> Non
     path = folder / CONFIG_FILE
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model_max_length"] = config.max_position_embeddings
+    if end := model.facts.get("eos_token"):
+        content["eos_token"] = end  # where engines look for what ends an answer
     if template := model.facts.get("chat_template"):
         content["chat_template"] = template
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

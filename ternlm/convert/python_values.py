@@ -256,6 +256,8 @@ class _Reader:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name not in _FUNCTIONS or name in self.result.values or name in self._opaque:
             raise _UnreadableError(node, f"calls `{_source(node.func)}`, which reading doesn't run; {_WRITE}")
+        if len({k.arg for k in node.keywords if k.arg}) < sum(k.arg is not None for k in node.keywords):
+            raise _UnreadableError(node, "gives an argument twice; correct it")
         given = list(self._items(node.args))
         named = self._dict(
             node,

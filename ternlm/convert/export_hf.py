@@ -40,7 +40,7 @@ def export_hf(
 
     dtype: of the weights, or "keep". rope, max_length: as `stretch`. shard_bytes: of one file, at most, unless a
     single tensor is larger. chat: the protocol to write into the tokenizer; the source's own if not given.
-    Raises ConvertError where the folder exists or the model isn't whole; nothing is left then.
+    Raises ConvertError or DataError where the folder exists, the model isn't whole or can't chat so; nothing is left.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConvertError(f"{out}: exists already; choose another folder, or remove it")
@@ -93,18 +93,14 @@ def stretch(config: ModelConfig, rope: str, max_length: int | None) -> ModelConf
 
 
 def with_protocol(model: OpenModel, chat: ChatProtocol) -> OpenModel:
-    """Return the model with a chat protocol of ours; raises ConvertError where its tokenizer lacks the end tokens."""
-    tokenizer = model.tokenizer
-    missing = [token for token in chat.stop if tokenizer is None or token not in tokenizer.markup_in(token)]
-    if tokenizer is None or missing:
-        raise ConvertError(
-            f"{model.path}: its tokenizer has no {' and no '.join(missing)}, with which the chat protocol ends an "
-            "answer; choose the protocol that it was trained with"
-        )
+    """Return the model with a chat protocol of ours; raises DataError where its tokenizer lacks the tokens."""
+    if model.tokenizer is None:
+        raise ConvertError(f"{model.path}: has no tokenizer, without which nobody can chat; put a tokenizer.json there")
+    tokenizer = chat.fit(model.tokenizer)
     ends = [tokenizer.id_of(token) for token in chat.stop]
     generation = {**model.facts.get("generation", {}), "eos_token_id": ends}
     facts = {**model.facts, "chat_template": chat.template, "generation": generation, "eos_token": chat.stop[0]}
-    return replace(model, facts=facts)
+    return replace(model, tokenizer=tokenizer, facts=facts)
 
 
 def _replaced(config: ModelConfig, **changes: Any) -> ModelConfig:

@@ -1,20 +1,18 @@
 """The tensors of a Hugging Face folder by their own names: safetensors files, or PyTorch's older .bin files.
 
-.bin files are pickles: only what PyTorch's restricted reader takes for data is read, and no code in them runs.
+.bin files are pickles: no code in them is run.
 """
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ternlm.convert.torch_files import load_tensors
 from ternlm.convert.weights import ConvertError, Weights, cut
 
 
@@ -56,7 +54,7 @@ class _Safetensors:
 
 class _Pickles:
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        self._tensors = {name: tensor for path in files for name, tensor in read_pickle(path).items()}
+        self._tensors = {name: tensor for path in files for name, tensor in load_tensors(path).items()}
         _check_index(folder / "pytorch_model.bin.index.json", self._tensors)
 
     def names(self) -> Sequence[str]:
@@ -67,23 +65,6 @@ class _Pickles:
 
     def read(self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
         return cut(self._tensors[name], offset, shape).clone()  # the file stays mapped, not its part
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Map a file of `torch.save` that holds a dictionary of tensors; raises ConvertError, and runs no code in it."""
-    try:
-        mapped = zipfile.is_zipfile(path)  # what PyTorch before 1.6 wrote isn't one, and can't be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as trouble:
-        raise ConvertError(
-            f"{path}: holds something else than tensors, and nothing of it was run ({_first_line(trouble)}); take the "
-            "model from another place, as safetensors if there is one"
-        ) from trouble
-    except (OSError, RuntimeError, EOFError, ValueError) as trouble:
-        raise ConvertError(f"{path}: can't be read ({_first_line(trouble)}); fetch it again") from trouble
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConvertError(f"{path}: isn't a dictionary of tensors; give the file of the model's weights")
-    return content
 
 
 @contextmanager

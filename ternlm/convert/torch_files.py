@@ -1,6 +1,6 @@
 """Files of `torch.save`, read without running anything that they hold, and tensors that lie in pieces in several.
 
-Both are of the ancestor's checkpoints (`internlm`), but know no names of theirs.
+For the ancestor's checkpoints (`internlm`) and Hugging Face's older folders (`files`), whose names it doesn't know.
 """
 
 import pickle

@@ -6,7 +6,7 @@ can't become a special token: `encode_chat` sees to it.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -29,6 +29,22 @@ class ChatProtocol:
     """Jinja, given `messages`, `add_generation_prompt`, `bos_token` and `eos_token`."""
     stop: tuple[str, ...]
     """Tokens that end an answer."""
+    names: Mapping[int, str] = field(default_factory=dict)
+    """What ids are called that the family's base tokenizer leaves unused."""
+
+    def fit(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Return the tokenizer with the protocol's tokens; raises DataError where it has no room for them."""
+        lacks = [token for token in self.stop if token not in tokenizer.markup_in(token)]
+        if not lacks:
+            return tokenizer
+        if not self.names or not all(
+            index < tokenizer.vocab_size and "UNUSED" in tokenizer.token_of(index) for index in self.names
+        ):
+            raise DataError(
+                f"the tokenizer has no {' and no '.join(lacks)}, with which the chat protocol ends an answer; choose "
+                "the protocol that the model was trained with"
+            )
+        return tokenizer.renamed(self.names)
 
 
 INTERNLM = ChatProtocol(
@@ -59,6 +75,14 @@ INTERNLM2 = ChatProtocol(
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     ),
     stop=("<|im_end|>", "</s>"),
+    names={
+        92538: "<|plugin|>",
+        92539: "<|interpreter|>",
+        92540: "<|action_end|>",
+        92541: "<|action_start|>",
+        92542: "<|im_end|>",
+        92543: "<|im_start|>",
+    },
 )
 """InternLM2 chat: ChatML after `<s>`."""
 

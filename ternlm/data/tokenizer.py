@@ -6,7 +6,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,21 @@ class Tokenizer:
         if index is None:
             raise DataError(f"the tokenizer has no token {token!r} (vocabulary {self.vocab_size})")
         return index
+
+    def renamed(self, names: Mapping[int, str]) -> "Tokenizer":
+        """Return a tokenizer in which these ids are special tokens of these names; all other ids stay as they are."""
+        content = json.loads(self._text)
+        vocab = content["model"]["vocab"]
+        spelt = {index: piece for piece, index in vocab.items()}
+        for index, name in names.items():
+            if index in spelt:
+                del vocab[spelt[index]]
+            vocab[name] = index
+        kept = [token for token in content.get("added_tokens") or [] if token["id"] not in names]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": index, "content": name, **flags} for index, name in names.items()]
+        content["added_tokens"] = sorted(kept + added, key=lambda token: token["id"])
+        return Tokenizer(json.dumps(content, ensure_ascii=False), self._config, self._model)
 
     def token_of(self, index: int) -> str:
         """Look up a token as the vocabulary spells it, for display."""

@@ -1,6 +1,8 @@
 """Open a model wherever it comes from: a run, one of its checkpoints, or another format; and import the latter."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ import ternlm
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.load import check_model, check_same_model, load_weights, read_model_config, read_state
 from ternlm.checkpoint.weights import CheckpointWeights, write_weights
+from ternlm.config import ComputeConfig
 from ternlm.config.model import ModelConfig
-from ternlm.convert.detect import is_foreign, open_foreign
+from ternlm.convert.detect import find_model, is_foreign, open_foreign
+from ternlm.convert.fill import fill_model
+from ternlm.convert.internlm import Norms
 from ternlm.convert.weights import OpenModel
 from ternlm.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from ternlm.model.decoder import CausalLM, build_empty_model
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
+from ternlm.train.precision import autocast, choose_device, choose_dtype
 
 
 def open_model(path: Path) -> OpenModel:
@@ -32,9 +39,30 @@ def open_model(path: Path) -> OpenModel:
     return OpenModel(folder, read_model_config(folder), CheckpointWeights(folder), tokenizer, facts)
 
 
-def import_model(source: Path, out: Path) -> OpenModel:
-    """Write a model of another format as a checkpoint that `load.from` and `tern generate` take; return it."""
-    model = open_foreign(source)
+@contextmanager
+def loaded(name: str, device: str = "auto", dtype: str = "auto") -> Iterator[tuple[OpenModel, CausalLM]]:
+    """Open a model by path or name and put its weights on a device, to be run inside this context.
+
+    device, dtype: as `compute.device` and `compute.dtype`.
+    """
+    opened = open_model(find_model(name))
+    place = choose_device(device)
+    model = build_empty_model(opened.config, place)
+    fill_model(model, opened.weights)
+    with autocast(place, choose_dtype(ComputeConfig.model_validate({"dtype": dtype}), place)):
+        yield opened, model
+
+
+def import_model(
+    source: Path, out: Path, tokenizer: Path | None = None, heads: int | None = None, norms: Norms = "equal"
+) -> OpenModel:
+    """Write a model of another format as a checkpoint that `load.from` and `tern generate` take; return it.
+
+    tokenizer: where the source has none, or another one is wanted. heads, norms: as for `open_internlm`.
+    """
+    model = open_foreign(source, heads, norms)
+    if tokenizer is not None:
+        model = replace(model, tokenizer=load_tokenizer(tokenizer))
     state = {
         "format": 1,
         "model": model.config.model_dump(mode="json", exclude_none=True),
@@ -42,8 +70,8 @@ def import_model(source: Path, out: Path) -> OpenModel:
         "facts": {name: model.facts[name] for name in ("source", "generation", "chat_template") if name in model.facts},
         "versions": {"ternlm": ternlm.__version__, "torch": torch.__version__},
     }
-    tokenizer = model.tokenizer
-    write_weights(out, model.weights, state, lambda folder: tokenizer.save(folder) if tokenizer else None)
+    own = model.tokenizer
+    write_weights(out, model.weights, state, lambda folder: own.save(folder) if own else None)
     return model
 
 

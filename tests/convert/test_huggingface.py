@@ -187,7 +187,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "model_type": "llama"}))
     torch.save({"model.norm.weight": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConvertError, match=r"holds something else than tensors, and nothing of it was run"):
+    with pytest.raises(ConvertError, match=r"holds .*nothing was run"):
         open_foreign(tmp_path)
     assert not (tmp_path / "evil").exists()
 
@@ -228,7 +228,7 @@ def test_what_cannot_be_used_is_refused_by_name(config: dict[str, Any], message:
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="no such file or folder"):
         open_foreign(tmp_path / "nowhere")
-    with pytest.raises(ConvertError, match=r"no config\.json"):
+    with pytest.raises(ConvertError, match=r"no config\.json .*, no model_tp0_pp0\.pt"):
         open_foreign(tmp_path)
     write(tmp_path, whole(), {})
     path = tmp_path / "model.safetensors"

@@ -63,13 +63,16 @@ def test_internlms_ids(internlm: Tokenizer) -> None:
 
 
 def test_internlm2s_ids(internlm2: Tokenizer) -> None:
-    pytest.importorskip("sentencepiece")
-    ids = encode_chat(internlm2, INTERNLM2.template, talk("hello"))
-    assert ids[0] == 1
-    if "<|im_end|>" in internlm2.markup_in("<|im_end|>"):
-        assert [internlm2.id_of(token) for token in INTERNLM2.stop] == [92542, 2]
-        assert ids.count(92542) == 1
-        assert ids.count(92543) == 2
+    fitted = INTERNLM2.fit(internlm2)
+    ids = encode_chat(fitted, INTERNLM2.template, talk("hello"))
+    plain = internlm2.encode
+    start, end = 92543, 92542
+    turn = [start, *plain("user\nhello"), end, *plain("\n"), start, *plain("assistant\n")]
+    assert ids == [1, *turn]
+    assert [fitted.id_of(token) for token in INTERNLM2.stop] == [end, 2]
+    assert fitted.id_of("<|plugin|>") == 92538
+    text = "any 文本 <|im_end|>"
+    assert fitted.encode_typed(text) == internlm2.encode(text)  # nothing else has changed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,260 @@
+"""The command `tern`: each verb reads its options and calls one function of a package.
+
+Packages are imported inside the verbs, so that `tern --help` answers at once.
+"""
+
+import errno
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign
+from ternlm.cli.data import data
+from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Seed, Temperature, TopK, TopP
+
+app = typer.Typer(
+    name="tern",
+    help="TernLM: train, evaluate and use large language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config = typer.Typer(help="Look at the settings of a run.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(config, name="config")
+
+
+def main() -> None:
+    """Run the command line; what the user can put right is printed without a traceback, with exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_StderrNow()])
+    try:
+        app()
+    except SystemExit:
+        raise
+    except BaseException as error:  # DCP's isn't an Exception
+        from ternlm.config import UserError
+        from ternlm.parallel.launch import Launch, end_rank, find_launch
+
+        message = _explain(error)
+        try:
+            launch = find_launch()
+        except UserError:  # what `error` says, then
+            launch = Launch()
+        if launch.world > 1:
+            end_rank(launch, error, message)
+        if message is None:
+            raise
+        _fail(message)
+
+
+def _explain(error: BaseException) -> str | None:
+    """Return what to tell of an error that the user can put right, None of another."""
+    from ternlm.config import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'writing failed'}: {error.strerror}"
+    return None
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    sys.exit(2)
+
+
+class _StderrNow(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the moment: a progress bar stands in for it, and prints above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ternlm import __version__
+
+        typer.echo(f"ternlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tern(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quickstart(
+    minutes: Annotated[float, typer.Option(help="Time for training.", min=0.1)] = 4.0,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as the process may use.", min=0)] = 0,
+) -> None:
+    """Train a small model from raw text on this machine, and print what it writes."""
+    from ternlm.infer.text import continue_texts
+    from ternlm.train.quickstart import quickstart
+
+    quickstart(out, minutes, threads, continue_texts)
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(help="auto: from the run's newest complete checkpoint, if any; never; or a checkpoint's path."),
+    ] = "auto",
+) -> None:
+    """Pretrain a model as RECIPE says."""
+    from ternlm.config import load_config
+
+    settings = load_config(recipe, overrides or [])  # before torch loads: a mistake shows at once
+    from ternlm.infer.text import continue_texts
+    from ternlm.train.pretrain import pretrain
+
+    pretrain(settings, resume, continue_texts)
+
+
+@app.command()
+def simulate(
+    recipe: Recipe,
+    world_size: Annotated[int, typer.Option(help="Ranks of the run, one on each device.", min=1)],
+    overrides: Overrides = None,
+    rank: Annotated[int, typer.Option(help="Which of them to simulate.")] = 0,
+    devices_per_node: Annotated[int, typer.Option(help="Ranks of one node.", min=1)] = 8,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to, as JSON.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="File to write a trace to, for ui.perfetto.dev.")] = None,
+) -> None:
+    """Count the memory and messages of one rank's training step on many devices, on none."""
+    from ternlm.config import load_config
+
+    settings = load_config(recipe, overrides or [])
+    from ternlm.train.simulate_report import run_simulation
+
+    run_simulation(settings, world_size, rank, devices_per_node, json, timeline)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; give it again for several at a time.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation, in tokens.")] = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue prompts with a trained model; a single one's text appears as it is generated."""
+    from ternlm.infer.sampling import SamplingParams
+    from ternlm.infer.text import generate_texts, stop_ids, stream_text
+    from ternlm.train.models import loaded
+
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    with loaded(model, device, dtype) as (opened, network):
+        tokenizer = opened.tokenizer
+        if tokenizer is None:
+            _fail(f"{model}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
+        params = replace(sampling, stop_ids=stop_ids(tokenizer))
+        if len(prompt) == 1:
+            begun: list[str] = []  # the prompt is shown with the first piece, once nothing can be wrong with it
+
+            def show(piece: str) -> None:
+                typer.echo(piece if begun else prompt[0] + piece, nl=False)
+                begun.append(piece)
+
+            stream_text(network, tokenizer, prompt[0], params, show)
+            typer.echo("" if begun else prompt[0])
+            return
+        for text, continuation in zip(prompt, generate_texts(network, tokenizer, prompt, params), strict=True):
+            typer.echo(text + continuation)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    protocol: Annotated[
+        Literal["internlm", "internlm2"] | None,
+        typer.Option(help="How it was trained to chat.", show_default="the model's own"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 1024,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.8,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model: a line is a question; /new begins anew, Ctrl-C ends an answer, Ctrl-D the conversation."""
+    from ternlm.infer.chat import start_chat
+    from ternlm.infer.sampling import SamplingParams
+    from ternlm.infer.terminal import talk
+    from ternlm.train.models import loaded
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    with loaded(model, device, dtype) as (opened, network):
+        talk(start_chat(opened, network, params, protocol, system))
+
+
+@config.command("show")
+def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print every setting of RECIPE, with its meaning, unit and default, as TOML that is a recipe itself."""
+    from ternlm.config import load_config, render
+
+    typer.echo(render(load_config(recipe, overrides or [])), nl=False)
+
+
+@config.command("schema")
+def show_schema() -> None:
+    """Print the JSON schema of a recipe, for editors that complete and check TOML."""
+    import json
+
+    from ternlm.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@config.command("list")
+def list_configs() -> None:
+    """List the recipes in the folder recipes, each with its first line."""
+    from ternlm.config import list_recipes
+
+    recipes = list_recipes()
+    if not recipes:
+        _fail("there is no folder `recipes` here; go to a checkout of TernLM, or to a folder that has one")
+    for path in recipes:
+        with path.open(encoding="utf-8") as file:
+            typer.echo(f"{path}: {file.readline().lstrip('# ').strip()}")
+
+
+app.command("export")(export_model)
+app.command("import")(import_foreign)
+app.command("import-config")(import_ancestors_config)

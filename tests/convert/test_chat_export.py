@@ -143,3 +143,15 @@ def test_the_real_tokenizers_give_the_same_ids_in_transformers(name: str, tmp_pa
     messages = [{"role": "user", "content": "What is 2+2? 二加二？\n\n  def f(): pass"}]
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == encode_chat(tokenizer, protocol.template, messages)
+
+
+def test_modelscope_loads_the_folder_and_chats(exported: Path) -> None:
+    modelscope = pytest.importorskip("modelscope")
+    folder = str(exported / "internlm")
+    model = modelscope.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    tokenizer = modelscope.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    found = model.chat(tokenizer, "hello", history=[], max_new_tokens=8, do_sample=False)
+    assert found == theirs.chat(tokenizer, "hello", history=[], max_new_tokens=8, do_sample=False)
+    native = modelscope.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(native).__name__ == "LlamaForCausalLM"

@@ -109,7 +109,7 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     if not any(pattern.search(message["content"]) for message in messages):
         return encode(render(messages))
     marks = [f"x\ue000{number}\ue001x" for number in range(len(messages))]
-    rest = render([{**message, "content": mark} for message, mark in zip(messages, marks)])
+    rest = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
     ids: list[int] = []
     for mark, message in zip(marks, messages, strict=True):
         before, _, rest = rest.partition(mark)

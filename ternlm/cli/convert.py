@@ -27,10 +27,14 @@ def import_ancestors_config(
 
 def export_model(
     model: Model,
-    to: Annotated[Literal["hf"], typer.Option(help="hf: a folder for transformers, vLLM, LMDeploy, ModelScope.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it mustn't exist.")],
+    to: Annotated[
+        Literal["hf", "gguf"],
+        typer.Option(help="hf: a folder for transformers, vLLM, LMDeploy, ModelScope; gguf: a file for llama.cpp."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder or file to write; it mustn't exist.")],
     dtype: Annotated[
-        Literal["keep", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; keep: as they are.")
+        Literal["keep", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights; keep: as they are, in gguf float16."),
     ] = "keep",
     rope: Annotated[
         Literal["keep", "none", "dynamic", "static-ntk", "yarn"],
@@ -46,11 +50,15 @@ def export_model(
     """Write a model for other programs."""
     from ternlm.convert.detect import find_model
     from ternlm.convert.export_hf import export_hf
+    from ternlm.convert.gguf_write import export_gguf
     from ternlm.data.chat import PROTOCOLS
     from ternlm.train.models import open_model
 
-    protocol = PROTOCOLS[chat] if chat else None
-    export_hf(open_model(find_model(model)), out, dtype, rope, max_length, int(shard_gb * 10**9), protocol)
+    opened, protocol = open_model(find_model(model)), PROTOCOLS[chat] if chat else None
+    if to == "hf":
+        export_hf(opened, out, dtype, rope, max_length, int(shard_gb * 10**9), protocol)
+    else:
+        export_gguf(opened, out, dtype, rope, max_length, protocol)
     typer.echo(f"{out}: a {to} model")
 
 

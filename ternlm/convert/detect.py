@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.huggingface import open_hf
 from ternlm.convert.internlm import Norms, open_internlm
 from ternlm.convert.weights import ConvertError, OpenModel
@@ -37,11 +38,13 @@ def open_foreign(path: Path, heads: int | None = None, norms: Norms = "equal") -
     """
     if not path.exists():
         raise ConvertError(f"{path}: no such file or folder; give a model's folder or a .gguf file")
+    if path.suffix == ".gguf":
+        return open_gguf(path)
     if (path / "config.json").is_file():
         return open_hf(path)
     if any(path.glob("model_tp*_pp*.pt")):
         return open_internlm(path, heads=heads, norms=norms)
     raise ConvertError(
         f"{path}: holds no model that can be read: no config.json of Hugging Face's, no model_tp0_pp0.pt of InternLM's "
-        "training framework; give the folder that has one"
+        "training framework, and isn't a .gguf file; give the folder or file that is one"
     )

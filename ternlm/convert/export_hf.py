@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ternlm.config.model import ModelConfig, RopeScaling
+from ternlm.config.model import ModelConfig
+from ternlm.convert.adapt import stretch, with_protocol
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights
@@ -59,52 +59,6 @@ def export_hf(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def stretch(config: ModelConfig, rope: str, max_length: int | None) -> ModelConfig:
-    """Return the settings with another way to go past the trained length.
-
-    rope: "keep"; "none"; "dynamic" (the base grows with the length: Hugging Face and LMDeploy); "static-ntk" (the base
-    that dynamic has at `max_length`, fixed: every engine); "yarn". max_length (tokens): needed by the last two.
-    """
-    if rope == "keep":
-        if max_length is not None:
-            raise ConvertError(f"max_length = {max_length} has no effect with rope = 'keep'; choose static-ntk or yarn")
-        return config
-    trained = config.rope_original_length
-    if rope in ("static-ntk", "yarn") and (max_length is None or max_length <= trained):
-        raise ConvertError(
-            f"rope = {rope!r} needs a max_length above the trained length, {trained} tokens, not {max_length}; give one"
-        )
-    if rope == "none":
-        return _replaced(config, rope_scaling=RopeScaling(), max_position_embeddings=trained)
-    if rope == "dynamic":
-        factor = config.rope_scaling.factor if config.rope_scaling.kind == "dynamic" else 1.0
-        return _replaced(
-            config, rope_scaling=RopeScaling(kind="dynamic", factor=factor), max_position_embeddings=trained
-        )
-    assert max_length is not None
-    if rope == "static-ntk":
-        factor, head = config.rope_scaling.factor, config.head_size
-        theta = config.rope_theta * (factor * max_length / trained - (factor - 1)) ** (head / (head - 2))
-        return _replaced(config, rope_theta=theta, rope_scaling=RopeScaling(), max_position_embeddings=max_length)
-    scaling = RopeScaling(kind="yarn", factor=max_length / trained, original_max_position_embeddings=trained)
-    return _replaced(config, rope_scaling=scaling, max_position_embeddings=max_length)
-
-
-def with_protocol(model: OpenModel, chat: ChatProtocol) -> OpenModel:
-    """Return the model with a chat protocol of ours; raises DataError where its tokenizer lacks the tokens."""
-    if model.tokenizer is None:
-        raise ConvertError(f"{model.path}: has no tokenizer, without which nobody can chat; put a tokenizer.json there")
-    tokenizer = chat.fit(model.tokenizer)
-    ends = [tokenizer.id_of(token) for token in chat.stop]
-    generation = {**model.facts.get("generation", {}), "eos_token_id": ends}
-    facts = {**model.facts, "chat_template": chat.template, "generation": generation, "eos_token": chat.stop[0]}
-    return replace(model, tokenizer=tokenizer, facts=facts)
-
-
-def _replaced(config: ModelConfig, **changes: Any) -> ModelConfig:
-    return config.model_copy(update=changes)
 
 
 def _write_weights(model: OpenModel, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:

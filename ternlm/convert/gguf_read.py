@@ -1,0 +1,185 @@
+"""Opens a GGUF file as a model: its shape and facts from the metadata, its weights dequantized when they are read.
+
+The container is `gguf_file`'s business, the vocabulary `gguf_tokenizer`'s.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ternlm.config.model import ModelConfig, RopeScaling
+from ternlm.convert.gguf_file import GgufFile, read_gguf_file
+from ternlm.convert.gguf_names import INTERLEAVED, gguf_name, is_rotated, rows_from_interleaved
+from ternlm.convert.gguf_tokenizer import read_tokenizer, stop_ids
+from ternlm.convert.weights import ConvertError, OpenModel, check_weights, cut, model_shapes
+
+
+def open_gguf(path: Path) -> OpenModel:
+    """Open a GGUF file. Raises ConvertError for what it can't be: no weights are read before all is known."""
+    file = read_gguf_file(path)
+    config = _read_config(file)
+    weights = GgufWeights(file, config)
+    check_weights(path, config, weights)
+    return OpenModel(path, config, weights, read_tokenizer(path, file.metadata), _read_facts(file.metadata))
+
+
+class GgufWeights:
+    """A GGUF file's tensors under the model's names; as `Weights`. Quantized ones are float32."""
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        """The configuration must be the file's."""
+        self._file, self._head_size = file, config.head_size
+        self._interleaved = INTERLEAVED[file.metadata["general.architecture"]]
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._absent: set[str] = set()
+        ours = model_shapes(config)
+        for name, shape in ours.items():
+            if (place := file.tensors.get(gguf_name(name))) is not None:
+                self._shapes[name] = place.shape
+            elif name.endswith("o_proj.bias"):  # Qwen2 has biases on q, k and v alone
+                self._shapes[name] = shape
+                self._absent.add(name)
+        unknown = file.tensors.keys() - {gguf_name(name) for name in ours}
+        self._shapes |= {name: file.tensors[name].shape for name in sorted(unknown)}
+
+    def names(self) -> Sequence[str]:
+        """As `Weights`."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As `Weights`."""
+        return self._shapes[name]
+
+    def read(self, name: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """As `Weights`."""
+        whole = self._shapes[name]
+        if name in self._absent:
+            return cut(torch.zeros(whole), offset, shape)
+        order = None
+        if self._interleaved and is_rotated(name):
+            order = rows_from_interleaved(whole[0], self._head_size)
+        if len(whole) == 1:
+            vector = self._file.read(gguf_name(name))
+            return cut(vector if order is None else vector[torch.from_numpy(order)], offset, shape)
+        if offset is None or shape is None:
+            return self._file.read(gguf_name(name), order)
+        rows, columns = (slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        return self._file.read(gguf_name(name), rows if order is None else order[rows], columns)
+
+
+def _read_config(file: GgufFile) -> ModelConfig:
+    path, metadata, tensors = file.path, file.metadata, file.tensors
+    architecture = metadata.get("general.architecture")
+    if architecture not in INTERLEAVED:
+        raise ConvertError(
+            f"{path}: architecture {architecture!r} isn't supported; those that are: {', '.join(INTERLEAVED)}"
+        )
+    _refuse_unsupported(file, architecture)
+    hidden = _count(file, "embedding_length")
+    heads = _count(file, "attention.head_count")
+    head = _count(file, "attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _count(file, key, head) != head:
+            raise ConvertError(f"{path}: {architecture}.{key} differs from the size of a head, {head}; not supported")
+    context = _count(file, "context_length")
+    try:
+        return ModelConfig(
+            vocab_size=tensors["token_embd.weight"].shape[0],
+            hidden_size=hidden,
+            num_hidden_layers=_count(file, "block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=_count(file, "attention.head_count_kv", heads),
+            head_dim=None if head * heads == hidden else head,
+            intermediate_size=_count(file, "feed_forward_length"),
+            attention_bias="blk.0.attn_q.bias" in tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in tensors,
+            tie_word_embeddings="output.weight" not in tensors,
+            rms_norm_eps=_decimal(metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)),
+            rope_theta=_decimal(metadata.get(f"{architecture}.rope.freq_base", 10000.0)),
+            rope_scaling=_read_scaling(file, architecture, context),
+            max_position_embeddings=context,
+        )
+    except ValidationError as trouble:
+        first = trouble.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConvertError(f"{path}: its metadata make no model ({where}: {first['msg']}); fetch it again") from trouble
+
+
+def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
+    metadata = file.metadata
+    problems = {
+        "it is one of several files; join them with llama.cpp's llama-gguf-split --merge": metadata.get(
+            "split.count", 1
+        )
+        > 1,
+        "it is a mixture of experts, which isn't supported": metadata.get(f"{architecture}.expert_count", 0) > 0,
+        "it has a rotary factor per frequency (rope_freqs.weight, as Llama 3.1), which isn't supported; take a model "
+        "without": "rope_freqs.weight" in file.tensors,
+        "it has no token_embd.weight; is it a language model?": "token_embd.weight" not in file.tensors,
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ConvertError(f"{file.path}: {problem}")
+
+
+def _read_scaling(file: GgufFile, architecture: str, context: int) -> RopeScaling:
+    prefix = f"{architecture}.rope.scaling."
+    told = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    factor = _decimal(told.get("factor") or file.metadata.get(f"{architecture}.rope.scale_linear") or 1.0)
+    kind = told.get("type", "none" if factor == 1 else "linear")
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return RopeScaling()
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    odd = told.get("yarn_log_multiplier", 0) != 0 or told.get("yarn_ext_factor", 1) != 1
+    if kind != "yarn" or odd:
+        raise ConvertError(
+            f"{file.path}: rope scaling {kind!r} isn't supported like this ({told}); linear and yarn are"
+        )
+    original = int(told.get("original_context_length", context))
+    stretch = told.get("attn_factor", 1.0)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_position_embeddings=None if original == context else original,
+        beta_fast=_decimal(told.get("yarn_beta_fast", 32.0)),
+        beta_slow=_decimal(told.get("yarn_beta_slow", 1.0)),
+        attention_factor=None if stretch == 1 else _decimal(stretch * (0.1 * math.log(factor) + 1)),
+    )
+
+
+def _count(file: GgufFile, key: str, default: int | None = None) -> int:
+    """Return a number above 0 of the architecture's."""
+    key = f"{file.metadata['general.architecture']}.{key}"
+    value = file.metadata.get(key, default)
+    if isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:
+        value = int(value[0])
+    if not isinstance(value, int) or value <= 0:
+        what = "missing" if value is None else f"{value}"
+        raise ConvertError(f"{file.path}: {key} is {what}, and must be a number above 0, the same for all layers")
+    return value
+
+
+def _decimal(value: float) -> float:
+    """Return the number that was meant by a float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _read_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if "tokenizer.chat_template" in metadata:
+        facts["chat_template"] = metadata["tokenizer.chat_template"]
+    generation: dict[str, Any] = {}
+    if ends := stop_ids(metadata):
+        generation["eos_token_id"] = ends
+    if "tokenizer.ggml.bos_token_id" in metadata:
+        generation["bos_token_id"] = metadata["tokenizer.ggml.bos_token_id"]
+    if generation:
+        facts["generation"] = generation
+    return facts

@@ -135,6 +135,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _publish(folder: Path, out: Path) -> None:
     """Make all of it last, then give it its name."""
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes files for the owner alone
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -116,6 +116,12 @@ class Saver:
         folder.mkdir(parents=True)
 
     def _finish_folder(self, folder: Path, state: dict[str, Any], known: dict[str, str]) -> None:
+        missing = sorted(name for name in known if not (folder / name).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{folder}: rank 0 doesn't see {', '.join(missing[:4])}, which other ranks have written; out must be "
+                "on a file system that all nodes share, and that shows each what the others write"
+            )
         self._write_files(folder)
         _write_synced(folder / STATE_FILE, json.dumps(state, indent=1))
         for path in (*folder.iterdir(), folder):

@@ -43,7 +43,7 @@ class Batch:
     def segment_lengths_BT(self) -> Tensor:
         """Return the length of the segment that each token is in, int64, on the host."""
         rows = [torch.tensor(row) for row in self.lengths]
-        return torch.stack([row.repeat_interleave(row) for row in rows])
+        return torch.stack([row.repeat_interleave(row, output_size=self.tokens_BT.shape[1]) for row in rows])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(

@@ -30,6 +30,8 @@ class Launch:
     world: int = 1
     local_rank: int = 0
     """Among the ranks of this node: the number of its device."""
+    restarted: bool = False
+    """Whether torchrun or Slurm has started the same command anew."""
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -39,12 +41,19 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """
     if "WORLD_SIZE" in environment or "RANK" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return Launch(*_integers(environment, names, "start the ranks with torchrun"))
+        again = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or _requeued(environment)
+        rank, world, local = _integers(environment, names, "start the ranks with torchrun")
+        return Launch(rank, world, local, again)
     # A shell inside an allocation has SLURM_JOB_ID; only a task that srun started has SLURM_STEP_ID and a rank of it.
     if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        return Launch(*_integers(environment, names, "start the ranks with srun"))
-    return Launch()
+        rank, world, local = _integers(environment, names, "start the ranks with srun")
+        return Launch(rank, world, local, _requeued(environment))
+    return Launch(restarted=_requeued(environment))
+
+
+def _requeued(environment: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_ID" in environment and environment.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def log_from(launch: Launch) -> None:

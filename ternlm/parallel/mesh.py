@@ -4,6 +4,7 @@ Mesh axes are (pipeline, outer, shard, tensor), tensor fastest: `outer` x `shard
 same weights; `context` groups lie inside them. On one rank there is no group, and nothing communicates.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,6 +54,12 @@ class Mesh:
     def add_up(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all ranks, in double precision. Collective: every rank must call it."""
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def all_same(self, text: str) -> bool:
+        """Whether every rank has the same text. Collective: every rank must call it."""
+        number = float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]))
+        greatest, least = self.agree([number, -number])
+        return greatest == -least
 
     def tell_pipeline(self, value: T | None) -> T:
         """Return the value of the one rank of this pipeline that has one. Collective over `pipeline`."""

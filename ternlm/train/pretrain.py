@@ -1,6 +1,8 @@
 """The pretraining job: settings in; checkpoints, metrics and samples out."""
 
 import logging
+import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,10 +23,13 @@ from ternlm.train.lock import run_lock
 from ternlm.train.loop import Every, train_loop
 from ternlm.train.precision import choose_device
 from ternlm.train.report import Reporter
-from ternlm.train.run import Run, set_up
+from ternlm.train.run import Run, check_alike, set_up
 from ternlm.train.validate import validate
 
 logger = logging.getLogger(__name__)
+
+SHOWN_SECONDS = 10.0
+"""How long a network file system may take to show a new file to other nodes."""
 
 Continue = Callable[[CausalLM, Tokenizer, Sequence[str], int, float], list[str]]
 """`(model, tokenizer, prompts, max_new_tokens, temperature) -> continuations`."""
@@ -44,8 +49,10 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
     with process_group(launch, device, config.parallel.timeout_minutes), ExitStack() as stack:
         mesh = make_mesh(layout, launch.rank, device, config.parallel.timeout_minutes)
+        check_alike("settings", render(config), mesh)
         _first_rank_enters(Path(config.out), mesh, stack)
-        return _train(set_up(config, resume, mesh), continue_texts)
+        _check_shared(Path(config.out), mesh)
+        return _train(set_up(config, resume, mesh, launch.restarted), continue_texts)
 
 
 def _train(run: Run, continue_texts: Continue | None) -> Run:
@@ -78,6 +85,29 @@ def _first_rank_enters(folder: Path, mesh: Mesh, stack: ExitStack) -> None:
             trouble = failure
     if any(mesh.agree([trouble is not None])):
         raise trouble or ConfigError(f"rank 0 can't train in {folder}; its message says why")
+
+
+def _check_shared(folder: Path, mesh: Mesh) -> None:
+    """Refuse to start where a rank doesn't see what rank 0 writes: checkpoints need the parts of all. Collective."""
+    if mesh.layout.world == 1:
+        return
+    number = random.SystemRandom().randrange(2**48)
+    (number,) = (int(value) for value in mesh.agree([number if mesh.is_first else -1]))
+    sign = folder / f".rank-0-was-here-{number}"
+    if mesh.is_first:
+        sign.touch()
+    mesh.agree([0.0])
+    began = time.monotonic()
+    while not (seen := sign.exists()) and time.monotonic() < began + SHOWN_SECONDS:
+        time.sleep(0.2)
+    blind = mesh.agree([-1 if seen else mesh.place.rank])[0]
+    if mesh.is_first:
+        sign.unlink()
+    if blind >= 0:
+        raise ConfigError(
+            f"rank {blind:.0f} doesn't see what rank 0 writes in out = {str(folder)!r}; set out to a folder on a file "
+            "system that all nodes share"
+        )
 
 
 def _check_samples(run: Run) -> None:

@@ -1,10 +1,10 @@
 """Everything one training run holds on one rank, and how it is set up, resumed and saved."""
 
 import hashlib
+import json
 import logging
 import os
 import platform
-import zlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,15 +105,16 @@ class Run:
         }
 
 
-def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Run:
+def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, restarted: bool = False) -> Run:
     """Build a run and load what it starts from. Collective: every rank of the mesh must call it.
 
     mesh: this rank's place; one rank on `compute.device` if not given.
     resume: "auto" goes on from the newest complete checkpoint in `config.out` if there is one; "never" starts anew and
     refuses a folder that holds checkpoints; anything else is the run's or checkpoint's folder to go on from.
+    restarted: the same command was started before, so that what it has saved since comes first, whatever `resume` is.
     Raises ConfigError, DataError or CheckpointError before the first step.
     """
-    checkpoint = _checkpoint_to_resume(Path(config.out), resume)
+    checkpoint = _checkpoint_to_resume(Path(config.out), resume, restarted)
     if mesh is None:
         resolve_layout(config, 1)
         mesh = one_rank(choose_device(config.compute.device))
@@ -125,6 +126,7 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None) -> Ru
     tokenizer = find_tokenizer(config.data)
     _check_memory(config, mesh)
     loader, held_out = _open_data(config, tokenizer, mesh)
+    check_alike("data", json.dumps(_describe_sources(loader), sort_keys=True), mesh)
     _check_tokenizer_fits(tokenizer, config)
     fingerprint = tokenizer.fingerprint if tokenizer else None
     start = Path(config.load.checkpoint) if config.load.checkpoint else None
@@ -198,9 +200,9 @@ def _open_data(config: Config, tokenizer: Tokenizer | None, mesh: Mesh) -> tuple
     return loader, held_out
 
 
-def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
+def _checkpoint_to_resume(out: Path, resume: str, restarted: bool) -> Path | None:
     newest = find_checkpoint(out) if complete_steps(out) else None
-    if resume == "auto":
+    if resume == "auto" or (restarted and newest):
         return newest
     if resume == "never":
         if newest:
@@ -220,12 +222,22 @@ def _checkpoint_to_resume(out: Path, resume: str) -> Path | None:
 
 def _check_all_see(checkpoint: Path | None, mesh: Mesh) -> None:
     """Refuse to start where nodes look at different folders, or at an old state of one. Collective."""
-    number = float(zlib.crc32(checkpoint.name.encode())) if checkpoint else 0.0
-    greatest, least = mesh.agree([number, -number])
-    if greatest != -least:
+    if not mesh.all_same(checkpoint.name if checkpoint else ""):
         raise CheckpointError(
             f"the ranks would go on from different checkpoints (rank {mesh.place.rank}: {checkpoint}); out must be on "
             "a file system that all nodes share: see whether it is, and start again"
+        )
+
+
+def check_alike(what: str, text: str, mesh: Mesh) -> None:
+    """Refuse to start where ranks would train with different settings or data. Collective.
+
+    text: all that tells them apart.
+    """
+    if not mesh.all_same(text):
+        raise ConfigError(
+            f"the ranks have different {what}; see whether all nodes have the same recipe, overrides and data (an old "
+            "copy on one of them?), and start again"
         )
 
 

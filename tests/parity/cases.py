@@ -68,15 +68,13 @@ def model_settings(case: Case) -> dict[str, Any]:
     """Return those of the changes that one rank needs to train the same."""
     settings = merged(ALWAYS, {"batch": {"global_sequences": _batch(case)}})
     for name in model_of(case).split()[1:]:
-        settings = merged(settings, MODEL.get(name) or COMPUTE.get(name, {}))
+        settings = merged(settings, MODEL[name])
     return settings
 
 
 def model_of(case: Case) -> str:
     """Name what one rank trains for the case."""
-    # Dynamic scaling goes by the longest position of a microbatch, so there its size changes what is trained.
-    names = MODEL.keys() | ({"several-rows"} if "rope-dynamic" in case.flags else set())
-    return " ".join([f"{_batch(case)}-sequences", *sorted(case.flags & names)])
+    return " ".join([f"{_batch(case)}-sequences", *sorted(case.flags & MODEL.keys())])
 
 
 def _batch(case: Case) -> int:

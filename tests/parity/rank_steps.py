@@ -1,5 +1,6 @@
 """A short training run on any layout, and how far it is from one rank's. Real data, loader, loss, optimizer, step."""
 
+import math
 import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ def errors(found: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str, floa
         whole = truth["weights"][name][1]
         place = tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))
         if part.numel():
-            weight = max(weight, float((part - whole[place]).abs().max() / whole.abs().max()))
+            far = (part - whole[place]).abs().nan_to_num(nan=math.inf, posinf=math.inf).max()
+            weight = max(weight, float(far / whole.abs().max()))
     return {
         "loss": _relative(found["losses"], truth["losses"]),
         "norm": _relative(found["norms"], truth["norms"]),
@@ -118,4 +120,10 @@ def write_shards(folder: Path) -> None:
 
 
 def _relative(ours: list[float], theirs: list[float]) -> float:
-    return max((abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return max((_apart(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _apart(ours: float, theirs: float) -> float:
+    if not math.isfinite(theirs):  # as the loss in which a spike is made
+        return 0.0 if str(ours) == str(theirs) else math.inf
+    return abs(ours - theirs) / max(abs(theirs), 1e-12) if math.isfinite(ours) else math.inf

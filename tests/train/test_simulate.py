@@ -199,3 +199,8 @@ def test_a_thousand_ranks_of_a_large_model_are_simulated_soon_and_in_little_memo
     used, kibibytes = done.stdout.split()[-2:]
     assert float(used) < seconds
     assert int(kibibytes) * 1024 < 2 * 2**30
+
+
+def test_dynamic_rope_is_simulated():
+    changes = {"model": {"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, "parallel": {"context": 2}}
+    assert simulate(settings(changes, sequences=4), 4).flops > 0

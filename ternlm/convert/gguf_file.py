@@ -102,7 +102,7 @@ def read_gguf_file(path: Path) -> GgufFile:
     with content:
         try:
             return _parse(path, _Cursor(content, len(_MAGIC)))
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as trouble:
+        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError, ZeroDivisionError) as trouble:
             raise ConvertError(
                 f"{path}: its header is broken or cut off ({type(trouble).__name__}: {trouble}); fetch it again"
             ) from trouble

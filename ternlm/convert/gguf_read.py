@@ -87,12 +87,14 @@ def _read_config(file: GgufFile) -> ModelConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if _count(file, key, head) != head:
             raise ConvertError(f"{path}: {architecture}.{key} differs from the size of a head, {head}; not supported")
-    context = _count(file, "context_length")
+    context, layers = _count(file, "context_length"), _count(file, "block_count")
+    if layers > len(tensors):  # before a name is made for each
+        raise ConvertError(f"{path}: {architecture}.block_count is {layers}, and it has {len(tensors)} tensors in all")
     try:
         return ModelConfig(
             vocab_size=tensors["token_embd.weight"].shape[0],
             hidden_size=hidden,
-            num_hidden_layers=_count(file, "block_count"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_count(file, "attention.head_count_kv", heads),
             head_dim=None if head * heads == hidden else head,

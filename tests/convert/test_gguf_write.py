@@ -1,8 +1,10 @@
 import dataclasses
+import os
 import tempfile
 import weakref
 from pathlib import Path
 
+import gguf
 import pytest
 import tokenizers
 import torch
@@ -17,6 +19,7 @@ from gguf_models import (
     next_logprobs,
     question,
     random_model,
+    repack,
     small_config,
     small_tokenizer,
     smollm2,
@@ -25,8 +28,10 @@ from gguf_models import (
 from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.gguf_write import write_gguf
 from ternlm.convert.weights import ConvertError
+from ternlm.data.sentencepiece import BYTE, UNUSED
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
 
+SHARED = Path(os.environ.get("TERNLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 PROMPT = [5, 77, 300, 12, 5, 8, 190, 222, 45, 99, 100, 7]
 
 
@@ -92,6 +97,34 @@ def test_a_sentencepiece_tokenizer_keeps_its_ids(tmp_path, sentencepiece_tokeniz
     assert again.fingerprint == tokenizer.fingerprint
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text) == client.tokenize(text), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "vocab_size"), [("internlm_v7_sft", 103168), ("internlm2_tokenizer", 92544)])
+def test_internlms_tokenizers_keep_their_ids(tmp_path, name, vocab_size):
+    if not (SHARED / f"{name}.model").exists():
+        pytest.skip(f"{SHARED / name}.model isn't there")
+    tokenizer = load_tokenizer(SHARED / f"{name}.model")
+    write_gguf(random_model(small_config(vocab_size=vocab_size), tokenizer), tmp_path / "model.gguf")
+    again, client = open_gguf(tmp_path / "model.gguf").tokenizer, LlamaCpp(tmp_path / "model.gguf")
+    assert again.fingerprint == tokenizer.fingerprint
+    for text in [*TEXTS, " lead", "a\0b", "<|User|>:hi<eoh>\n<|Bot|>:", "🐉"]:
+        assert again.encode(text) == tokenizer.encode(text) == client.tokenize(text), text
+
+
+def test_pieces_that_are_unused_are_never_found_in_text(tmp_path, sentencepiece_tokenizer):
+    """As files of InternLM2 have them, between others, and a character in the place of NUL that is typed as a byte."""
+    tokenizer = sentencepiece_tokenizer
+    write_gguf(random_model(small_config(vocab_size=450), tokenizer), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    word, letter = next(token for token in tokens[300:] if len(token) == 2), tokens.index("e")
+    types[tokens.index(word)], types[letter], tokens[letter] = UNUSED, BYTE, "🐉"
+    changes = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__token_type": types}
+    again = open_gguf(repack(tmp_path / "model.gguf", tmp_path / "unused.gguf", **changes)).tokenizer
+    assert tokens.index(word) in tokenizer.encode(word)
+    assert tokens.index(word) not in again.encode(word)
+    assert again.encode("🐉")[-4:] == [again.id_of(f"<0x{byte:02X}>") for byte in "🐉".encode()]
 
 
 def test_a_byte_level_tokenizer_keeps_its_ids(tmp_path):

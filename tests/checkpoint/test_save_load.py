@@ -265,3 +265,11 @@ def test_the_facts_are_readable_json(tmp_path):
     save(tmp_path, [3], *make(1))
     assert json.loads((checkpoint_folder(tmp_path, 3) / "state.json").read_text())["step"] == 3
     assert read_state(tmp_path)["step"] == 3
+
+
+def test_a_save_of_which_rank_0_does_not_see_a_part_is_no_checkpoint(tmp_path):
+    saver = Saver(tmp_path, CheckpointConfig(), lambda folder: None, ONE)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(CheckpointError, match=r"rank 0 doesn't see __1_0\.distcp, which other ranks have written"):
+        saver._finish_folder(tmp_path / "new", {}, {"__1_0.distcp": "0" * 64})
+    assert not (tmp_path / "new" / MARKER).exists()

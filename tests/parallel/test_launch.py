@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def test_torchrun_and_slurm_are_read():
     assert find_launch({"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}) == Launch(5, 16, 1)
     slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
     assert find_launch(slurm) == Launch(9, 16, 1)
-    assert find_launch({**slurm, "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}) == Launch(5, 8, 5)
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}
+    assert find_launch({**slurm, **torchrun}) == Launch(5, 8, 5)
+    assert find_launch({**torchrun, "TORCHELASTIC_RESTART_COUNT": "0"}) == Launch(5, 8, 5)
+    assert find_launch({**torchrun, "TORCHELASTIC_RESTART_COUNT": "2"}) == Launch(5, 8, 5, restarted=True)
+    assert find_launch({**slurm, "SLURM_RESTART_COUNT": "1"}) == Launch(9, 16, 1, restarted=True)
 
 
 def test_a_part_of_an_environment_is_refused():
@@ -103,8 +108,38 @@ def test_an_error_of_one_rank_alone_is_printed_by_it(tmp_path, train):
 
 
 def lose_the_data(rank):
+    from ternlm.data.errors import DataError
+    from ternlm.train import run
+
+    def find_nothing(*unused, **options):
+        raise DataError("no data at nowhere")
+
     if rank == 1:
-        sys.argv.append('data.sources=[{name="code",path="nowhere"}]')
+        run.Loader = find_nothing
+
+
+def test_ranks_with_different_settings_are_refused(train):
+    ranks = train("run", 2, before=turn_down_the_rate)
+    assert ranks.wait(ALIKE_SECONDS + 30) == [2, 2]
+    assert ranks.log(0).startswith("error: the ranks have different settings; see whether all nodes have the same")
+
+
+def turn_down_the_rate(rank):
+    if rank == 1:
+        sys.argv.append("optimizer.lr=1e-9")
+
+
+def test_ranks_that_do_not_share_the_runs_folder_are_refused(train):
+    ranks = train("run", 2, "out=run", before=stand_elsewhere)
+    assert ranks.wait(ALIKE_SECONDS + 30) == [2, 2]
+    assert "error: rank 1 doesn't see what rank 0 writes in out = 'run'; set out to a folder on a" in ranks.log(0)
+
+
+def stand_elsewhere(rank):
+    from ternlm.train import pretrain
+
+    pretrain.SHOWN_SECONDS = 0.5
+    os.chdir(tempfile.mkdtemp())
 
 
 def test_a_rank_that_raises_ends_all_with_one_traceback(train):

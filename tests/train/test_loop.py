@@ -307,6 +307,16 @@ def test_a_new_run_can_start_from_anothers_weights(make_config):
     assert second.progress.step == 0
 
 
+@pytest.mark.parametrize("resume", ["never", "first"])
+def test_a_restarted_command_goes_on_from_what_it_has_saved(resume, make_config, tmp_path):
+    pretrain(make_config("first"))
+    given = "never" if resume == "never" else str(tmp_path / "first")
+    pretrain(make_config("second", train={"steps": 9}), given)
+    assert set_up(make_config("second", train={"steps": 12}), given, restarted=True).progress.step == 9
+    with pytest.raises(ConfigError, match="choose another out"):
+        set_up(make_config("second", train={"steps": 12}), given)
+
+
 def test_weights_of_another_shape_are_refused_before_training(make_config):
     first = pretrain(make_config("first"))
     with pytest.raises(CheckpointError, match=r"model\.num_hidden_layers = 2, this run has 3"):

@@ -4,6 +4,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ternlm.config.section import UserError
 
+# What PyTorch's zip writer says instead of the operating system's reason, which is lost on its way to another rank.
+_WRITER_FAILED = ("unexpected pos ", "PytorchStreamWriter failed")
+
 
 class CheckpointError(UserError):
     """A checkpoint can't be written, read or used. The message says which, why and what to do."""
@@ -18,4 +21,7 @@ def cause_of(trouble: BaseException) -> str:
         behind = behind.__cause__ or behind.__context__  # a full disk, say, behind a writer's complaint
     trouble = behind or trouble
     lines = str(trouble).strip().splitlines()
-    return f"{type(trouble).__name__}: {lines[0] if lines else 'no more is known'}"
+    line = f"{type(trouble).__name__}: {lines[0] if lines else 'no more is known'}"
+    if any(words in line for words in _WRITER_FAILED):
+        return f"writing failed; is the disk full? ({line})"
+    return line

@@ -91,8 +91,8 @@ def resolve_layout(config: Config, world: int) -> Layout:
     if config.sample.every_steps and layout.tensor * layout.pipeline > 1:
         raise ConfigError(
             f"sample.every_steps = {config.sample.every_steps} needs whole layers on each rank; parallel.tensor "
-            f"x pipeline is {layout.tensor * layout.pipeline}; set sample.every_steps=0 and sample from a "
-            "checkpoint with `tern generate`"
+            f"x pipeline is {layout.tensor * layout.pipeline}; set sample.every_steps=0 sample.prompts=[] and sample "
+            "from a checkpoint with `tern generate`"
         )
     check_supported(config, layout)
     return layout

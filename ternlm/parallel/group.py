@@ -46,8 +46,8 @@ def process_group(launch: Launch, device: torch.device, timeout_minutes: float) 
     watch.start()
     try:
         with warnings.catch_warnings():
-            # PyTorch 2.13's own FSDP calls what it deprecates.
-            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+            # PyTorch 2.13 renames collectives, which its own FSDP and we call; 2.11 lacks the new names.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.[\w.]+` is deprecated", FutureWarning)
             yield
         dist.barrier()
     except BaseException as error:
@@ -72,7 +72,15 @@ def _join(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Stor
     os.environ.setdefault("MASTER_PORT", "29500")
     # A collective of NCCL that times out or fails ends the process, instead of leaving it with wrong numbers.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
-    shared, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+    try:
+        shared, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"MASTER_PORT = {os.environ['MASTER_PORT']} is in use on this node, by another job perhaps; rank 0 needs "
+            "it for itself; export another, such as MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))"
+        ) from error
     store = _part_of_this_start(shared, launch, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

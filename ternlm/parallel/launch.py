@@ -29,7 +29,7 @@ class Launch:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
-    """Among the ranks of this node: the number of its device."""
+    """The number of its device, among those that it sees."""
     restarted: bool = False
     """Whether torchrun or Slurm has started the same command anew."""
 
@@ -47,8 +47,10 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     # A shell inside an allocation has SLURM_JOB_ID; only a task that srun started has SLURM_STEP_ID and a rank of it.
     if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        rank, world, local = _integers(environment, names, "start the ranks with srun")
-        return Launch(rank, world, local, _requeued(environment))
+        rank, world, local_rank = _integers(environment, names, "start the ranks with srun")
+        # `srun --gpus-per-task=1` shows each rank its own device alone, as number 0.
+        alone = len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+        return Launch(rank, world, 0 if alone else local_rank, _requeued(environment))
     return Launch(restarted=_requeued(environment))
 
 

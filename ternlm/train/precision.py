@@ -15,10 +15,15 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Return the device meant by `compute.device`; raises ConfigError where it isn't there.
+    """Return the device meant by `compute.device`; raises ConfigError where it isn't there, or all ranks' the same.
 
     local_rank: which of the node's devices, where there are several ranks.
     """
+    if local_rank is not None and name.startswith("cuda:"):
+        raise ConfigError(
+            f"compute.device = {name!r} must not name one device for several ranks, which would share it; set "
+            "compute.device=cuda, and each takes its own"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -6,7 +6,7 @@ bytes of tensors, by kind, and every collective; knows nothing of time. Blocks r
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ class Simulation:
     """All collectives of the step, by kind."""
     flops: float
     """Operations of matrix products and attention."""
+    trace: Timeline = field(repr=False, compare=False)
+
+    def write_timeline(self, path: Path) -> None:
+        """Write what happened when, as a trace for Perfetto."""
+        about = {"world": self.layout.world, "rank": self.place.rank, "microbatches": self.microbatches}
+        self.trace.write(path, {**about, "dtype": self.dtype})
 
 
 def simulate(
@@ -60,12 +66,11 @@ def simulate(
     world: int,
     rank: int = 0,
     devices_per_node: int = 8,
-    timeline: Path | None = None,
     rates: NominalRates | None = None,
 ) -> Simulation:
     """Run one step of one rank under fake ranks and fake tensors, as if it had run before.
 
-    timeline: where to write a trace for Perfetto, with `rates`. One document fills each sequence, the costliest case.
+    rates: of the trace. One document fills each sequence, the costliest case.
     Raises ConfigError where the layout doesn't fit.
     """
     layout = resolve_layout(config, world)
@@ -84,7 +89,7 @@ def simulate(
         recorder.records.clear()
         trace.clear()
         microbatches = step()
-    report = Simulation(
+    return Simulation(
         layout,
         layout.place(rank),
         devices_per_node,
@@ -94,10 +99,8 @@ def simulate(
         dict(ledger.now),
         add_up(record for record in recorder.records if not _is_greeting(record)),
         trace.flops,
+        trace,
     )
-    if timeline:
-        trace.write(timeline, {"world": world, "rank": rank, "microbatches": microbatches, "dtype": report.dtype})
-    return report
 
 
 def _is_greeting(record: Traffic) -> bool:

@@ -17,8 +17,6 @@ from ternlm.config import Config
 from ternlm.config.section import ConfigError
 from ternlm.train.simulate import Simulation, simulate
 
-GIB = 2**30
-
 
 def run_simulation(
     config: Config,
@@ -35,15 +33,15 @@ def run_simulation(
     if not 0 <= rank < world:
         raise ConfigError(f"--rank = {rank} must be at least 0 and below --world-size = {world}; choose another rank")
     for option, file in (("--json", json_file), ("--timeline", timeline)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(
-                f"{option} = {file} must lie in a folder that exists; make {file.parent} or choose another"
-            )
+        if file is not None:
+            _check_writable(option, file)
     with Console(stderr=True).status(f"simulating rank {rank} of {world:,}"), _torch_silent():
-        simulation = simulate(config, world, rank, devices_per_node, timeline)
+        simulation = simulate(config, world, rank, devices_per_node)
+    Console().print(tables(simulation, config))  # first, since writing may fail yet
     if json_file is not None:
         json_file.write_text(json.dumps(figures(simulation, config), indent=2) + "\n", encoding="utf-8")
-    Console().print(tables(simulation, config))
+    if timeline is not None:
+        simulation.write_timeline(timeline)
     return simulation
 
 
@@ -71,7 +69,7 @@ def tables(simulation: Simulation, config: Config) -> Group:
         f"Rank {place.rank} of {layout.world:,}: " + " x ".join(f"{name} {degree}" for name, degree in degrees.items()),
         f"Cut over data ranks: weights {layout.params}, gradients {layout.grads}, optimizer {layout.optimizer}",
         f"A step: {simulation.microbatches} microbatches of {config.batch.microbatch_sequences} x "
-        f"{config.data.seq_len} tokens in {simulation.dtype}, {simulation.flops / 1e12:,.0f} TFLOP",
+        f"{config.data.seq_len} tokens in {simulation.dtype}, {human_flops(simulation.flops)}",
     ]
     return Group(*lines, _memory(simulation), _collectives(simulation))
 
@@ -83,16 +81,36 @@ def human_bytes(count: float) -> str:
     return f"{value:.0f} {_UNITS[power]}" if value >= 100 else f"{value:.3g} {_UNITS[power]}"
 
 
+def human_flops(count: float) -> str:
+    """Write a number of operations with about three figures and a unit."""
+    unit, size = ("TFLOP", 1e12) if count >= 1e12 else ("GFLOP", 1e9) if count >= 1e9 else ("MFLOP", 1e6)
+    return f"{count / size:,.0f} {unit}" if count >= 100 * size else f"{count / size:.3g} {unit}"
+
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
+def _check_writable(option: str, file: Path) -> None:
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{option} = {file} must lie in a folder that exists; make {file.parent} or choose another")
+    try:
+        existed = file.exists()
+        file.open("a").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option} = {file} can't be written ({error.strerror}); choose another file") from error
+
+
 def _memory(simulation: Simulation) -> Table:
-    table = Table("memory, GiB", show_footer=True, box=box.SIMPLE)
+    """Return the table of memory, all of it in the unit that suits the peak, so that rows can be compared."""
+    unit, size = ("GiB", 2**30) if sum(simulation.peak_bytes.values()) >= 2**30 else ("MiB", 2**20)
+    table = Table(f"memory, {unit}", show_footer=True, box=box.SIMPLE)
     table.columns[0].footer = "all"
     for name, by_kind in (("peak", simulation.peak_bytes), ("at rest", simulation.resting_bytes)):
-        table.add_column(name, f"{sum(by_kind.values()) / GIB:.2f}", justify="right")
+        table.add_column(name, f"{sum(by_kind.values()) / size:.2f}", justify="right")
     for kind, peak in simulation.peak_bytes.items():
-        table.add_row(kind, f"{peak / GIB:.2f}", f"{simulation.resting_bytes[kind] / GIB:.2f}")
+        table.add_row(kind, f"{peak / size:.2f}", f"{simulation.resting_bytes[kind] / size:.2f}")
     return table
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from started import Ranks, write_data, write_recipe
 
 from ternlm.checkpoint.folders import complete_steps
 from ternlm.config.section import ConfigError
+from ternlm.parallel.group import process_group
 from ternlm.parallel.launch import ALIKE_SECONDS, Launch, find_launch
 
 STEPS = 6
@@ -64,6 +67,12 @@ def test_torchrun_and_slurm_are_read():
     assert find_launch({**slurm, "SLURM_RESTART_COUNT": "1"}) == Launch(9, 16, 1, restarted=True)
 
 
+def test_a_rank_of_slurm_that_sees_one_device_alone_takes_it():
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    assert find_launch({**slurm, "CUDA_VISIBLE_DEVICES": "3"}) == Launch(11, 16, 0)  # --gpus-per-task=1
+    assert find_launch({**slurm, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == Launch(11, 16, 3)
+
+
 def test_a_part_of_an_environment_is_refused():
     with pytest.raises(ConfigError, match=r"RANK = None must be a number.*start the ranks with torchrun"):
         find_launch({"WORLD_SIZE": "2"})
@@ -84,6 +93,26 @@ def test_only_rank_0_prints_and_both_launchers_train_the_same(tmp_path, train):
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         losses[name] = [line["loss/total"] for line in lines]
     assert losses["torchrun"] == losses["slurm"]
+
+
+def test_what_pytorch_means_to_rename_floods_no_log(train):
+    ranks = train("tensor", 2, "parallel.tensor=2", steps=1)
+    assert ranks.wait() == [0, 0], ranks.log(0) + ranks.log(1)
+    assert "Warning" not in ranks.log(0) + ranks.log(1)
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with (
+            pytest.raises(ConfigError, match=rf"MASTER_PORT = {port} is in use on this node"),
+            process_group(Launch(0, 2), torch.device("cpu"), 0.05),
+        ):
+            pytest.fail("joined")
 
 
 def test_an_error_that_all_find_is_printed_once_by_rank_0(train):

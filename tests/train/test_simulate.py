@@ -141,7 +141,8 @@ def test_an_earlier_pipeline_rank_holds_more_microbatches():
 
 def test_the_timeline_has_the_steps_phases_and_an_own_track_for_each_axis(tmp_path):
     path = tmp_path / "trace.json"
-    simulation = simulate(settings({"parallel": {"tensor": 2}, "sharding": {"optimizer": 8}}, 32), 64, timeline=path)
+    simulation = simulate(settings({"parallel": {"tensor": 2}, "sharding": {"optimizer": 8}}, 32), 64)
+    simulation.write_timeline(path)
     trace = json.loads(path.read_text())
     tracks = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"}
     names = [e["name"] for e in trace["traceEvents"] if e["ph"] == "X" and tracks[e["tid"]] == "program"]

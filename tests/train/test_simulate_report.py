@@ -1,13 +1,16 @@
 """The verb `tern simulate`: what it prints and writes, and how it refuses."""
 
+import errno
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from ternlm.cli import main
-from ternlm.train.simulate_report import human_bytes
+from ternlm.config import load_config
+from ternlm.train.simulate_report import human_bytes, human_flops, run_simulation
 
 RECIPE = """# A small run, whose data don't exist.
 [model]
@@ -54,7 +57,9 @@ def test_the_verb_prints_tables_and_writes_the_same_figures_without_any_data(ter
     peak, rest = figures["memory_bytes"]["peak"], figures["memory_bytes"]["rest"]
     rows = [line.split() for line in printed.splitlines()]
     for kind in peak:
-        assert [kind, f"{peak[kind] / 2**30:.2f}", f"{rest[kind] / 2**30:.2f}"] in rows
+        assert [kind, f"{peak[kind] / 2**20:.2f}", f"{rest[kind] / 2**20:.2f}"] in rows
+    assert ["memory,", "MiB", "peak", "at", "rest"] in rows
+    assert f"tokens in bfloat16, {human_flops(figures['flops'])}\n" in printed
     for one in figures["collectives"]:
         nodes = "between" if one["between_nodes"] else "inside"
         start = [one["operation"], one["axis"], str(one["ranks"]), nodes, str(one["count"])]
@@ -71,6 +76,8 @@ def test_the_verb_prints_tables_and_writes_the_same_figures_without_any_data(ter
         (["parallel.tensor=3", "--world-size", "16"], "must divide the number of ranks, 16"),
         (["--world-size", "16", "--json", "none/f.json"], "--json = none/f.json must lie in a folder that exists"),
         (["--world-size", "16", "--timeline", "none/t.json"], "--timeline = none/t.json must lie in a folder"),
+        (["--world-size", "16", "--json", "."], "--json = . can't be written (Is a directory); choose another file"),
+        (["--world-size", "16", "--timeline", "t" * 300], "can't be written (File name too long)"),
         (["data.seqlen=3", "--world-size", "16"], "data.seqlen"),
     ],
 )
@@ -82,3 +89,18 @@ def test_what_cannot_be_simulated_is_refused_with_exit_code_2(tern, capsys, word
 def test_bytes_are_written_with_their_unit():
     written = [human_bytes(n) for n in (0, 1000, 1023, 1536, 3 * 2**30, 700 * 2**40)]
     assert written == ["0 B", "1000 B", "1023 B", "1.5 KiB", "3 GiB", "700 TiB"]
+
+
+def test_operations_are_written_with_their_unit():
+    written = [human_flops(n) for n in (4.5e6, 1.23e9, 9.9949e11, 1.5e12, 1.772e14, 3e15)]
+    assert written == ["4.5 MFLOP", "1.23 GFLOP", "999 GFLOP", "1.5 TFLOP", "177 TFLOP", "3,000 TFLOP"]
+
+
+def test_tables_are_printed_though_a_file_cannot_be_written_after_all(tern, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_simulation(load_config("small.toml"), 1, json_file=Path("figures.json"))
+    assert "memory, MiB" in capsys.readouterr().out

@@ -1,0 +1,20 @@
+"""What is told of a failure that PyTorch wrapped."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ternlm.checkpoint.errors import cause_of
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named_here_and_on_the_other_ranks():
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(RuntimeError) as caught:
+        torch.save({"x": torch.zeros(10_000)}, full)
+    assert "No space left on device" in cause_of(caught.value)
+    arrived = pickle.loads(pickle.dumps(caught.value))  # as DCP hands it to the others: without its cause
+    told = cause_of(CheckpointException("write", {1: (arrived, None)}))
+    assert told.startswith("writing failed; is the disk full? (RuntimeError: [enforce fail at inline_container.cc")

@@ -40,3 +40,28 @@ def test_every_layout_starts_from_the_same_weights(shards: Path) -> None:
         for case, each in found.items():
             assert each["loss"] < 2e-5, case
             assert each["weights"] < 1e-5, case
+
+
+def save_each(folder: Path) -> None:
+    """Train a step on each layout, and save."""
+    for number, case in enumerate(LAYOUTS):
+        changes = merged(settings_of(parse_case(case)), {"out": str(folder / f"export-{number}")})
+        run = start(folder, changes, resume="never")
+        run_steps(run, 1)
+        run.save()
+        run.saver.finish()
+
+
+def test_any_layouts_checkpoint_is_exported_as_the_same_model(shards: Path) -> None:
+    from ternlm.convert.export_hf import export_hf
+    from ternlm.train.models import open_model
+
+    changes = merged(settings_of(parse_case("1:")), {"out": str(shards / "export-alone")})
+    truth = run_steps(start(shards, changes, resume="never"), 1)["weights"]
+    run_ranks(2, save_each, shards)
+    for number, case in enumerate(LAYOUTS):
+        export_hf(open_model(shards / f"export-{number}"), shards / f"exported-{number}")
+        weights = open_model(shards / f"exported-{number}").weights
+        assert set(weights.names()) == truth.keys()
+        for name, (_, wanted) in truth.items():
+            assert float((weights.read(name) - wanted).abs().max() / wanted.abs().max()) < 1e-5, (case, name)

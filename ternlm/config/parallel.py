@@ -34,6 +34,8 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
+        if self.tensor == 1:
+            refuse_ignored(self, ("sequence",), "tensor = 1", "raise tensor")
         if self.context == 1:
             refuse_ignored(self, ("context_method",), "context = 1", "raise context")
         if self.pipeline == 1:
@@ -60,7 +62,9 @@ class ShardingConfig(Section):
     )
     optimizer: int = setting(-1, "ranks over which the optimizer's states are cut", unit="ranks", ge=-1)
     reduce_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "in which gradients are summed over ranks; bfloat16 halves the traffic"
+        "float32",
+        "in which gradients are summed over ranks; bfloat16 halves the traffic; where optimizer is cut wider than "
+        "gradients, the sum over those further groups stays float32",
     )
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """How a model is trained: steps, optimizer, schedule, loss, compute, checkpoints, monitoring, validation."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -116,7 +117,10 @@ class ComputeConfig(Section):
     threads: int = setting(0, "CPU threads of PyTorch; 0: as many as the process may use", ge=0)
     compile: Literal["auto", "on", "off"] = setting("auto", "compile each block; auto: where a compiler is found")
     recompute: float = setting(
-        0.0, "share of the blocks, from the first, whose activations are recomputed in backward", ge=0, le=1
+        0.0,
+        "share of a rank's blocks, rounded up, from the first, whose activations are recomputed in backward",
+        ge=0,
+        le=1,
     )
     recompute_keep: Literal["nothing", "matmuls"] = setting(
         "nothing",
@@ -131,6 +135,11 @@ class ComputeConfig(Section):
         if self.recompute == 0:
             refuse_ignored(self, ("recompute_keep",), "recompute = 0", "set recompute above 0")
         return self
+
+
+def recomputed_blocks(blocks: int, fraction: float) -> int:
+    """Return how many of a rank's blocks `compute.recompute` = fraction means, rounded up."""
+    return math.ceil(round(blocks * fraction, 6))  # 0.1 of 30 is 3.0000000000000004
 
 
 class CheckpointConfig(Section):

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as functional
 
-from ternlm.config.section import ConfigError
 from ternlm.ops.attention import Attend, make_segment_attend
 from ternlm.parallel.ring import own_segments, ring_attention, ring_spans
 
@@ -28,12 +27,7 @@ def context_index(seq_len: int, degree: int, rank: int, method: Method) -> Tenso
 
     ring: an early and a late part, so that all ranks have equally many scores; all_to_all: consecutive tokens.
     """
-    parts = 2 * degree if method == "ring" else degree
-    if seq_len % parts:
-        raise ConfigError(
-            f"data.seq_len = {seq_len} must be a multiple of {parts} with parallel.context = {degree} and "
-            f"context_method = {method!r}; choose another length or degree"
-        )
+    parts = 2 * degree if method == "ring" else degree  # `resolve_layout` has checked that they divide
     chunks = torch.arange(seq_len).view(parts, -1)
     return chunks[[rank, parts - 1 - rank]].flatten() if method == "ring" else chunks[rank]
 

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ternlm.config.training import recomputed_blocks
 from ternlm.ops.attention import KEPT_OPS, Attend
 from ternlm.parallel.ring import RING_OP
 
 
-def recompute_blocks(blocks: list[nn.Module], fraction: float, keep: str) -> int:
-    """Make the first `fraction` of the blocks recompute their activations in backward; return how many.
+def recompute_blocks(blocks: list[nn.Module], fraction: float, keep: str) -> None:
+    """Make the first `fraction` of the blocks, rounded up, recompute their activations in backward.
 
     keep: "nothing", or "matmuls" to store the results of matrix products, of attention and of what context
     parallelism exchanged, so that only cheap operations run twice.
     """
-    chosen = blocks[: int(len(blocks) * fraction)]
-    for block in chosen:
+    for block in blocks[: recomputed_blocks(len(blocks), fraction)]:
         block.forward = _recomputed(block.forward, keep)
-    return len(chosen)
 
 
 def _recomputed(forward: Callable[..., Tensor], keep: str) -> Callable[..., Tensor]:

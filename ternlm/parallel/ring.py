@@ -13,7 +13,6 @@ Shapes: B batch, T tokens of a sequence on this rank, N query heads, K key/value
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,22 +34,6 @@ from ternlm.ops.tiles import (
 
 # Messages of two kinds are under way to the same rank at once in backward; gloo tells them apart by tag.
 _KEYS, _GRADIENTS = 1, 2
-
-
-class Traffic(NamedTuple):
-    """Bytes that one rank sends in one layer and microbatch."""
-
-    forward: int
-    backward: int
-
-
-def ring_traffic(batch: int, tokens: int, kv_heads: int, head_size: int, degree: int, itemsize: int) -> Traffic:
-    """Return what ring attention sends, in `degree` - 1 messages forward and twice as many backward.
-
-    tokens: of one sequence, on one rank. itemsize: bytes of an element of k and v; their gradients go round as float32.
-    """
-    elements = (degree - 1) * 2 * batch * tokens * kv_heads * head_size
-    return Traffic(elements * itemsize, elements * (itemsize + 4))
 
 
 def own_segments(lengths: Sequence[Sequence[int]], degree: int, rank: int) -> list[int]:

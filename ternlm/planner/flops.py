@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ternlm.config.model import ModelConfig
+from ternlm.config.training import recomputed_blocks
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ def forward_flops(config: ModelConfig, tokens: int, pairs: int) -> Flops:
 def training_flops(config: ModelConfig, tokens: int, pairs: int, recompute: float = 0.0) -> Flops:
     """Count forward and backward passes; arguments as for `forward_flops`.
 
-    recompute: share of the blocks whose whole forward runs again in backward, rounded down to whole blocks; 0
+    recompute: share of the blocks whose whole forward runs again in backward, rounded up to whole blocks; 0
     where recomputed blocks keep the results of their matrix products.
     """
     forward = forward_flops(config, tokens, pairs)
-    blocks = int(config.num_hidden_layers * recompute)
+    blocks = recomputed_blocks(config.num_hidden_layers, recompute)
     block = 2.0 * _layer_matmul_params(config) * tokens + _attention_flops_per_pair(config) * pairs
     return Flops(full=3 * forward.full, causal=3 * forward.causal, hardware=3 * forward.full + blocks * block)
 

@@ -12,6 +12,7 @@ from ternlm.config.layout import Layout, Place, resolve_layout
 from ternlm.config.model import ModelConfig
 from ternlm.config.run import Config
 from ternlm.config.stages import own_stages
+from ternlm.config.training import recomputed_blocks
 from ternlm.planner.traffic import Traffic, add_up, axis_ranks, lie_on_several_nodes, world_axis
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
@@ -167,7 +168,7 @@ class _Step:
         embedded = stream * (self.element if self.layout.data_ranks > 1 else FLOAT32)
         stream *= self.element
         blocks, first, last = self.blocks, int(self.first), int(self.last)
-        again = int(blocks * config.compute.recompute)
+        again = recomputed_blocks(blocks, config.compute.recompute)
         if config.parallel.sequence:
             for operation in ("all_gather", "reduce_scatter"):
                 yield self.one(operation, "tensor", embedded, m * first)
@@ -190,7 +191,7 @@ class _Step:
             return
         layers, again = self.blocks, 0
         if self.config.compute.recompute_keep == "nothing":
-            again = int(layers * self.config.compute.recompute)
+            again = recomputed_blocks(layers, self.config.compute.recompute)
         tensor = self.layout.tensor
         per_head = self.rows * self.tokens * model.head_size * self.element
         queries, keys = model.num_attention_heads // tensor, model.kv_heads // tensor

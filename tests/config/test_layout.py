@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_refused_with_the_remedy(world: int, changes: dict[
     [
         ("sharding", {"params": 0}, "params = 0 must be 1"),
         ("parallel", {"context_method": "all_to_all"}, "no effect with context = 1"),
+        ("parallel", {"sequence": False}, "sequence = False has no effect with tensor = 1; .* or raise tensor"),
         ("parallel", {"stages_per_rank": 2}, "no effect with pipeline = 1"),
         ("parallel", {"pipeline": 2, "pipeline_schedule": "interleaved"}, "needs stages_per_rank of 2 or more"),
     ],

@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
-from ternlm.config.training import ComputeConfig
+from ternlm.config.training import ComputeConfig, recomputed_blocks
 from ternlm.model.decoder import build_model
 from ternlm.model.init import init_weights
 from ternlm.ops.attention import make_segment_attend
@@ -28,6 +28,12 @@ def gradients(compute, lengths=LENGTHS):
         hidden = model(tokens, positions, make_segment_attend(lengths, CPU))
         hidden.square().mean().backward()
     return [p.grad for p in model.parameters() if p.grad is not None], counter.get_total_flops()
+
+
+def test_a_fraction_is_rounded_up_to_whole_blocks():
+    fractions = (0.0, 0.01, 0.1, 0.11, 1.0)
+    assert [recomputed_blocks(30, fraction) for fraction in fractions] == [0, 1, 3, 4, 30]
+    assert [recomputed_blocks(2, fraction) for fraction in (0.4, 0.5, 0.6)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("keep", ["nothing", "matmuls"])

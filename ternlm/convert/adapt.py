@@ -18,7 +18,12 @@ def stretch(config: ModelConfig, rope: str, max_length: int | None) -> ModelConf
         if max_length is not None:
             raise ConvertError(f"max_length = {max_length} has no effect with rope = 'keep'; choose static-ntk or yarn")
         return config
-    trained = config.rope_original_length
+    kind, trained = config.rope_scaling.kind, config.rope_original_length
+    if kind not in ("default", "dynamic"):
+        raise ConvertError(
+            f"rope = {rope!r} would take the place of the {kind!r} scaling that the model was trained with; leave it "
+            "at 'keep'"
+        )
     if rope in ("static-ntk", "yarn") and (max_length is None or max_length <= trained):
         raise ConvertError(
             f"rope = {rope!r} needs a max_length above the trained length, {trained} tokens, not {max_length}; give one"

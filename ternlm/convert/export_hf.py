@@ -88,13 +88,20 @@ def _shards(model: OpenModel, dtype: torch.dtype | None, shard_bytes: int) -> It
     size = 0
     for name in model.weights.names():
         tensor = model.weights.read(name)
-        tensor = (tensor if dtype is None else tensor.to(dtype)).contiguous()
+        tensor = (tensor if dtype is None else _cast(model.path, name, tensor, dtype)).contiguous()
         if shard and size + tensor.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
+
+
+def _cast(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    result = tensor.to(dtype)
+    if bool((result.isinf() & tensor.isfinite()).any()):
+        raise ConvertError(f"{path}: {name} has values too large for {dtype}; choose --dtype bfloat16 or float32")
+    return result
 
 
 def _write_config(model: OpenModel, config: ModelConfig, folder: Path, written: dict[str, Any]) -> None:

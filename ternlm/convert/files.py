@@ -17,14 +17,35 @@ from ternlm.convert.weights import ConvertError, Weights, cut
 
 
 def open_files(folder: Path) -> Weights:
-    """Return the tensors of a folder, from its safetensors files if it has any; raises ConvertError."""
-    found = sorted(folder.glob("*.safetensors"))
+    """Return the tensors of a folder, from its safetensors files if it has any; raises ConvertError.
+
+    Where an index names the files, only those are read; else one whole file, or all that there are.
+    """
+    found = _named(folder, "model.safetensors", "*.safetensors")
     if found:
         return _Safetensors(folder, found)
-    found = sorted(folder.glob("pytorch_model*.bin"))
+    found = _named(folder, "pytorch_model.bin", "pytorch_model*.bin")
     if found:
         return _Pickles(folder, found)
     raise ConvertError(f"{folder}: holds neither *.safetensors nor pytorch_model*.bin; fetch the model's weights")
+
+
+def _named(folder: Path, whole: str, pattern: str) -> list[Path]:
+    if (folder / f"{whole}.index.json").is_file():
+        return sorted({folder / Path(name).name for name in _index(folder, whole).values()})
+    return [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(pattern))
+
+
+def _index(folder: Path, whole: str) -> dict[str, str]:
+    """Return which file each tensor is in, as the index says."""
+    path = folder / f"{whole}.index.json"
+    named = read_json(path).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ConvertError(f"{path}: has no weight_map of names to files; fetch it again")
+    missing = sorted({name for name in named.values() if not (folder / Path(name).name).is_file()})
+    if missing:
+        raise ConvertError(f"{path}: names {', '.join(missing)}, which isn't there; fetch it")
+    return named
 
 
 class _Safetensors:
@@ -34,9 +55,14 @@ class _Safetensors:
         for path in files:
             with _opened(path) as file:
                 for name in file.keys():  # noqa: SIM118  # not a dictionary
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise ConvertError(
+                            f"{path}: {name} is {part.get_dtype()}; only plain float weights can be read"
+                        )
                     self._files[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-        _check_index(folder / "model.safetensors.index.json", self._files)
+                    self._shapes[name] = tuple(part.get_shape())
+        _check_index(folder, "model.safetensors", self._files)
 
     def names(self) -> Sequence[str]:
         return list(self._files)
@@ -54,8 +80,9 @@ class _Safetensors:
 
 class _Pickles:
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        self._tensors = {name: tensor for path in files for name, tensor in load_tensors(path).items()}
-        _check_index(folder / "pytorch_model.bin.index.json", self._tensors)
+        found = [(path, load_tensors(path)) for path in files]
+        self._tensors = {name: tensor for _, tensors in found for name, tensor in tensors.items()}
+        _check_index(folder, "pytorch_model.bin", {name: path for path, tensors in found for name in tensors})
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)
@@ -76,21 +103,23 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ConvertError(f"{path}: can't be read ({_first_line(trouble)}); fetch it again") from trouble
 
 
-def _check_index(path: Path, found: Mapping[str, object]) -> None:
-    """Refuse a folder in which files are missing that its index names."""
-    if not path.is_file():
+def _check_index(folder: Path, whole: str, found: Mapping[str, Path]) -> None:
+    """Refuse a folder whose files hold something else than its index says."""
+    if not (folder / f"{whole}.index.json").is_file():
         return
-    named = read_json(path).get("weight_map", {})
-    missing = sorted({file for name, file in named.items() if name not in found})
-    if missing:
-        raise ConvertError(f"{path}: names {', '.join(missing)}, which isn't there or is another file; fetch it again")
+    for name, file in _index(folder, whole).items():
+        if name not in found or found[name].name != Path(file).name:
+            raise ConvertError(
+                f"{folder / whole}.index.json: says that {name} is in {file}, and it isn't; the files are of different "
+                "models: fetch all of them again"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises ConvertError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as trouble:
+    except (OSError, ValueError, RecursionError) as trouble:
         raise ConvertError(f"{path}: can't be read ({_first_line(trouble)}); fetch it again") from trouble
     if not isinstance(content, dict):
         raise ConvertError(f"{path}: must hold a JSON object, not {type(content).__name__}; fetch it again")

@@ -89,6 +89,11 @@ def _check(model: OpenModel) -> None:
             f"{model.path}: rope_scaling.kind = 'dynamic' can't be said in GGUF, nor done by llama.cpp; set it to "
             "'yarn', 'linear' or 'default' for the export"
         )
+    if config.rope_scaling.kind == "llama3":
+        raise ConvertError(
+            f"{model.path}: rope_scaling.kind = 'llama3' isn't written to GGUF; export the model as a Hugging Face "
+            "folder, which llama.cpp's own converter takes"
+        )
     if (config.rope_scaling.beta_fast, config.rope_scaling.beta_slow) != (32, 1):
         raise ConvertError(
             f"{model.path}: rope_scaling.beta_fast = {config.rope_scaling.beta_fast} and beta_slow = "

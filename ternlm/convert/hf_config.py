@@ -20,6 +20,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
     "attn_logit_softcapping": (None,),
+    "is_causal": (True, None),
     "logits_scaling": (1, None),
     "embedding_multiplier": (1, None),
 }
@@ -28,6 +29,15 @@ _ROPE_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "low_fr
 
 def read_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
     """Return the model that a `config.json` describes; raises ConvertError. `path` is for messages."""
+    try:
+        return _read(content, path)
+    except (AttributeError, KeyError, TypeError, ValueError) as trouble:  # values of another kind than they should be
+        if isinstance(trouble, ConvertError):
+            raise
+        raise ConvertError(f"{path}: doesn't describe a model ({trouble}); fetch the file again") from trouble
+
+
+def _read(content: dict[str, Any], path: Path) -> ModelConfig:
     family = content.get("model_type")
     if family not in FAMILIES:
         raise ConvertError(
@@ -67,6 +77,8 @@ def write_hf_config(model: ModelConfig) -> dict[str, Any]:
     """
     kind = "Qwen3" if model.qk_norm else "Llama"
     rope = _write_rope(model)
+    # Dynamic scaling begins past max_position_embeddings there, so this is the trained length.
+    longest = model.rope_original_length if model.rope_scaling.kind == "dynamic" else model.max_position_embeddings
     old = {key: value for key, value in rope.items() if key != "rope_theta"}
     content: dict[str, Any] = {
         "architectures": [f"{kind}ForCausalLM"],
@@ -82,7 +94,7 @@ def write_hf_config(model: ModelConfig) -> dict[str, Any]:
         "attention_bias": model.attention_bias,
         "tie_word_embeddings": model.tie_word_embeddings,
         "rms_norm_eps": model.rms_norm_eps,
-        "max_position_embeddings": model.max_position_embeddings,
+        "max_position_embeddings": longest,
         "rope_parameters": rope,
         "rope_theta": model.rope_theta,
         "rope_scaling": None if rope["rope_type"] == "default" else {**old, "type": rope["rope_type"]},
@@ -110,7 +122,10 @@ def _unusual_head(content: dict[str, Any]) -> int | None:
 
 def _window(content: dict[str, Any], longest: int) -> int:
     """Return the longest sequence over which attention sees everything, as this decoder's does."""
-    window = content.get("sliding_window")
+    window = content.get("sliding_window", 4096 if content.get("model_type") == "mistral" else None)
+    kinds = content.get("layer_types")
+    if window is not None and isinstance(kinds, list):
+        return min(int(window), longest) if "sliding_attention" in kinds else longest
     if window is None or content.get("use_sliding_window") is False:
         return longest
     if content.get("model_type") in ("qwen2", "qwen3") and "use_sliding_window" not in content:
@@ -137,13 +152,19 @@ def _read_rope(content: dict[str, Any], path: Path) -> dict[str, Any]:
         odd.append("truncate")
     if odd:
         raise ConvertError(f"{path}: rotary scaling with {', '.join(odd)} isn't supported")
+    longest = content.get("max_position_embeddings", 2048)
+    original = given.get("original_max_position_embeddings") or content.get("original_max_position_embeddings")
+    if kind == "yarn" and given.get("factor") is None and original:
+        given = {**given, "factor": longest / original}
+    if kind in ("linear", "yarn", "llama3") and given.get("factor") is None:
+        raise ConvertError(f"{path}: rotary scaling of type {kind!r} needs a factor; fetch the file again")
     scaling: dict[str, Any] = {"kind": kind}
     if kind != "default":
         scaling |= {name: float(given[name]) for name in _ROPE_NUMBERS if given.get(name) is not None}
     if kind == "linear":
         scaling = {"kind": kind, "factor": scaling.get("factor", 1.0)}
-    if kind in ("yarn", "llama3") and given.get("original_max_position_embeddings"):
-        scaling["original_max_position_embeddings"] = int(given["original_max_position_embeddings"])
+    if kind in ("yarn", "llama3") and original:
+        scaling["original_max_position_embeddings"] = int(original)
     return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 

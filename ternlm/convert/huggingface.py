@@ -34,6 +34,11 @@ def open_hf(folder: Path) -> OpenModel:
     content = read_json(folder / "config.json")
     config = read_hf_config(content, folder / "config.json")
     own = open_files(folder)
+    if config.num_hidden_layers > len(own.names()):
+        raise ConvertError(
+            f"{folder}: num_hidden_layers = {config.num_hidden_layers:,}, and its files hold {len(own.names()):,} "
+            "tensors; see whether its configuration and files belong together"
+        )
     weights = Renamed(own, _origin(config, own, content["model_type"], folder))
     check_weights(folder, config, weights)
     return OpenModel(folder, config, weights, _tokenizer(folder), _facts(folder, content))
@@ -99,11 +104,12 @@ def _facts(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         facts["generation"] |= {"eos_token_id": content["eos_token_id"]}
     template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file():
-        facts["chat_template"] = template.read_text(encoding="utf-8")
+        facts["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
     elif tokenizer.is_file():
         written = read_json(tokenizer).get("chat_template")
         if isinstance(written, list):  # several, by name
-            written = next((each["template"] for each in written if each.get("name") == "default"), None)
-        if written:
+            named = [each for each in written if isinstance(each, dict) and each.get("name") == "default"]
+            written = named[0].get("template") if named else None
+        if isinstance(written, str) and written:
             facts["chat_template"] = written
     return facts

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ternlm.data.errors import DataError
@@ -100,10 +101,10 @@ def render(
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise DataError(f"message {number} must have a role and a content, both text; it is {dict(message)!r}")
+    given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None, **tokens}
     try:
-        compiled = _compiled(template)
-        return compiled.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **tokens)
-    except TemplateError as trouble:
+        return _compiled(template).render(documents=None, **given)
+    except Exception as trouble:  # a template may do anything wrong that Python can
         raise DataError(f"the chat template can't take this conversation ({trouble}); change its messages") from trouble
 
 
@@ -115,16 +116,16 @@ def encode_chat(
     Special tokens are those of the template alone: in what people typed, they are encoded as the plain text that they
     look like. Otherwise the ids are those of the whole text at once, as transformers gives them.
     """
-    text = render(template, messages, add_generation_prompt, tokenizer)
     parts = split_typed(template, messages, add_generation_prompt, tokenizer)
-    if parts is None or "".join(part for part, _ in parts) != text:
-        raise DataError(
-            "the chat template changes what the messages say, so that special tokens in them can't be told from its "
-            "own; use a template that puts each content in as it is"
-        )
-    markup = [tokenizer.markup_in(part) for part, typed in parts if not typed]
-    if tokenizer.markup_in(text) == [token for tokens in markup for token in tokens]:
+    text = render(template, messages, add_generation_prompt, tokenizer)
+    markup = [token for part, typed in parts if not typed for token in tokenizer.markup_in(part)]
+    if (
+        not any(tokenizer.has_markup(message["content"]) for message in messages)
+        and tokenizer.markup_in(text) == markup
+    ):
         return tokenizer.encode_markup(text)
+    if "".join(part for part, _ in parts) != text:  # a template that trims, mostly
+        parts = [(part.strip() if typed else part, typed) for part, typed in parts]
     ids: list[int] = []
     for part, typed in parts:
         ids += tokenizer.encode_typed(part) if typed else tokenizer.encode_markup(part)
@@ -133,21 +134,24 @@ def encode_chat(
 
 def split_typed(
     template: str, messages: Sequence[Message], add_generation_prompt: bool, tokenizer: Tokenizer | None = None
-) -> list[tuple[str, bool]] | None:
+) -> list[tuple[str, bool]]:
     """Cut a conversation's text where the template's own and the messages' meet: (text, whether typed), in order.
 
-    None where a message's content isn't in the text just once.
+    Raises DataError where the template doesn't put each content in just once, so that they can't be told apart.
     """
     # Content that nothing else looks like; templates that trim it or ask for its ends see a letter there.
     marks = [f"x\ue000{number}\ue001x" for number in range(len(messages))]
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     rest = render(template, marked, add_generation_prompt, tokenizer)
+    if any(rest.count(mark) != 1 for mark in marks):
+        raise DataError(
+            "the chat template leaves out, changes or repeats what messages say, so that special tokens in them can't "
+            "be told from its own; use a template that puts each content in once"
+        )
     parts: list[tuple[str, bool]] = []
-    for mark, message in zip(marks, messages, strict=True):
-        if rest.count(mark) != 1:
-            return None
-        before, _, rest = rest.partition(mark)
-        parts += [(before, False), (message["content"], True)]
+    for number in sorted(range(len(marks)), key=lambda number: rest.index(marks[number])):
+        before, _, rest = rest.partition(marks[number])
+        parts += [(before, False), (messages[number]["content"], True)]
     return [*parts, (rest, False)]
 
 
@@ -156,7 +160,23 @@ def _compiled(template: str) -> Any:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     return environment.from_string(template)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which some templates mark what a model says, for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the class above has it
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

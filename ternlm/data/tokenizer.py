@@ -67,6 +67,10 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return [added[index].content for index in self.encode_markup(text) if index in added]
 
+    def has_markup(self, text: str) -> bool:
+        """Whether a text holds what looks like a special or added token."""
+        return self._added_pattern.search(text) is not None
+
     def encode_typed(self, text: str) -> list[int]:
         """Encode what somebody typed: no special or added token, whatever the text looks like."""
         found = self._added_pattern.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)

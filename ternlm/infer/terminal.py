@@ -14,7 +14,7 @@ def talk(chat: Chat) -> None:
         print("A line is a question. /new: begin anew; Ctrl-C: end an answer; Ctrl-D: end.", file=sys.stderr)
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = input("> " if interactive else "").encode(errors="replace").decode().strip()  # what isn't UTF-8
         except (EOFError, KeyboardInterrupt):
             return
         if line == "/new":

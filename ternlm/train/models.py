@@ -1,5 +1,6 @@
 """Open a model wherever it comes from: a run, one of its checkpoints, or another format; and import the latter."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,15 +15,18 @@ from ternlm.checkpoint.load import check_model, check_same_model, load_weights, 
 from ternlm.checkpoint.weights import CheckpointWeights, write_weights
 from ternlm.config import ComputeConfig
 from ternlm.config.model import ModelConfig
+from ternlm.config.section import ConfigError
 from ternlm.convert.detect import find_model, is_foreign, open_foreign
 from ternlm.convert.fill import fill_model
 from ternlm.convert.internlm import Norms
 from ternlm.convert.weights import OpenModel
-from ternlm.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from ternlm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from ternlm.model.decoder import CausalLM, build_empty_model
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
 from ternlm.train.precision import autocast, choose_device, choose_dtype
+
+logger = logging.getLogger(__name__)
 
 
 def open_model(path: Path) -> OpenModel:
@@ -62,7 +66,7 @@ def import_model(
     """
     model = open_foreign(source, heads, norms)
     if tokenizer is not None:
-        model = replace(model, tokenizer=load_tokenizer(tokenizer))
+        model = _with_tokenizer(model, load_tokenizer(tokenizer), tokenizer)
     state = {
         "format": 1,
         "model": model.config.model_dump(mode="json", exclude_none=True),
@@ -75,13 +79,32 @@ def import_model(
     return model
 
 
+def _with_tokenizer(model: OpenModel, tokenizer: Tokenizer, path: Path) -> OpenModel:
+    """Return the model with another tokenizer, and without what its own one's ids say."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"{path}: a tokenizer of {tokenizer.vocab_size} tokens doesn't fit a model of {model.config.vocab_size}; "
+            "give the one that the model was trained with"
+        )
+    if model.tokenizer is not None and model.tokenizer.fingerprint == tokenizer.fingerprint:
+        return replace(model, tokenizer=tokenizer)
+    facts = {name: value for name, value in model.facts.items() if name not in ("generation", "chat_template")}
+    return replace(model, tokenizer=tokenizer, facts=facts)
+
+
 def check_start(path: Path, model: ModelConfig, fingerprint: str | None) -> None:
-    """Refuse a model to start from whose shape or tokenizer isn't the run's."""
-    if not is_foreign(path):
+    """Refuse a model to start from whose shape or tokenizer isn't the run's; say what else differs."""
+    if is_foreign(path):
+        start = open_foreign(path)
+        saved = start.config
+        check_model(path, saved, start.tokenizer.fingerprint if start.tokenizer else None, model, fingerprint)
+    else:
         check_same_model(path, model, fingerprint)
-        return
-    start = open_foreign(path)
-    check_model(path, start.config, start.tokenizer.fingerprint if start.tokenizer else None, model, fingerprint)
+        saved = read_model_config(path)
+    for name in ("rope_theta", "rope_scaling", "rms_norm_eps"):
+        theirs, ours = getattr(saved, name), getattr(model, name)
+        if theirs != ours:
+            logger.warning("%s was trained with model.%s = %s, this run has %s", path, name, theirs, ours)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ternlm.config.model import ModelConfig
+from ternlm.config.model import ModelConfig, RopeScaling
 from ternlm.convert.detect import open_foreign
 from ternlm.convert.export_hf import export_hf
 from ternlm.convert.fill import fill_model
@@ -119,6 +120,11 @@ def test_files_are_cut_by_size_and_named_in_an_index(tmp_path: Path) -> None:
     assert all(sum(t.nbytes for t in load_file(file).values()) <= 100_000 for file in files)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    (tmp_path / "ours/consolidated.safetensors").write_bytes(b"not named by the index")
+    open_foreign(tmp_path / "ours")
+    files[0].write_bytes(files[1].read_bytes())
+    with pytest.raises(ConvertError, match=rf"is in {files[0].name}, and it isn't; the files are of different models"):
+        open_foreign(tmp_path / "ours")
     files[1].unlink()
     with pytest.raises(ConvertError, match=rf"index\.json: names {files[1].name}, which isn't there"):
         open_foreign(tmp_path / "ours")
@@ -212,6 +218,11 @@ def whole(config: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"rotary scaling of type 'longrope' isn't supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}}, r"rotary scaling with mscale"),
+        ({"rope_parameters": [1]}, r"doesn't describe a model"),
+        ({"rope_theta": "abc"}, r"doesn't describe a model"),
+        ({"rope_scaling": {"type": "llama3"}}, r"'llama3' needs a factor"),
+        ({"is_causal": False}, r"is_causal = False isn't supported, only True"),
+        ({"num_hidden_layers": 3_000_000}, r"num_hidden_layers = 3,000,000, and its files hold 21 tensors"),
         ({"num_attention_heads": 5}, r"hidden_size = 64 must be a multiple of num_attention_heads"),
         ({"hidden_size": None}, r"hidden_size: Field required"),
         ({"intermediate_size": 128}, r"gate_proj\.weight is \(96, 64\), and its configuration makes it \(128, 64\)"),
@@ -277,3 +288,38 @@ def test_a_stretch_needs_a_length(tmp_path: Path) -> None:
         export_hf(opened, tmp_path / "out", rope="yarn")
     with pytest.raises(ConvertError, match=r"max_length = 256 has no effect"):
         export_hf(opened, tmp_path / "out", max_length=256)
+
+
+def test_yarn_without_a_factor_is_read_as_transformers_does(tmp_path: Path) -> None:
+    model = theirs("llama with biases")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": None}
+    config["rope_parameters"] |= {"original_max_position_embeddings": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    check(our_logits(open_foreign(tmp_path), TOKENS), again(TOKENS).logits)
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in", {**whole(), "model.norm.weight": torch.full((64,), 1e6)}, {})
+    with pytest.raises(ConvertError, match=r"model\.norm\.weight has values too large for torch\.float16"):
+        export_hf(open_foreign(tmp_path / "in"), tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_stretch_than_the_trained_one_is_refused(tmp_path: Path) -> None:
+    theirs("llama3").save_pretrained(tmp_path / "in")
+    with pytest.raises(ConvertError, match="would take the place of the 'llama3' scaling"):
+        export_hf(open_foreign(tmp_path / "in"), tmp_path / "out", rope="static-ntk", max_length=1024)
+
+
+def test_dynamic_scaling_keeps_the_length_at_which_it_begins(tmp_path: Path) -> None:
+    model = theirs("llama with biases")
+    model.save_pretrained(tmp_path / "in")
+    opened = open_foreign(tmp_path / "in")
+    scaling = {"kind": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
+    config = opened.config.model_copy(update={"rope_scaling": RopeScaling(**scaling), "max_position_embeddings": 512})
+    export_hf(replace(opened, config=config), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    check(our_logits(replace(opened, config=config), TOKENS), again(TOKENS).logits)

@@ -110,9 +110,11 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         return encode(render(messages))
     marks = [f"x\ue000{number}\ue001x" for number in range(len(messages))]
     rest = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+    if any(rest.count(mark) != 1 for mark in marks):
+        raise ValueError("special tokens in a message can't be told from the chat template's own; leave them out")
     ids: list[int] = []
-    for mark, message in zip(marks, messages, strict=True):
-        before, _, rest = rest.partition(mark)
-        typed = pattern.sub(lambda match: match[0][0] + "\ue002" + match[0][1:], message["content"])
+    for number in sorted(range(len(marks)), key=lambda number: rest.index(marks[number])):
+        before, _, rest = rest.partition(marks[number])
+        typed = pattern.sub(lambda match: match[0][0] + "\ue002" + match[0][1:], messages[number]["content"])
         ids += encode(before) + [index for part in typed.split("\ue002") if part for index in encode(part)]
     return ids + encode(rest)

@@ -172,8 +172,7 @@ def generate(
     )
     with loaded(model, device, dtype) as (opened, network):
         tokenizer = opened.tokenizer
-        if tokenizer is None:
-            _fail(f"{model}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
+        assert tokenizer is not None  # `loaded` has seen to it
         params = replace(sampling, stop_ids=stop_ids(tokenizer))
         if len(prompt) == 1:
             begun: list[str] = []  # the prompt is shown with the first piece, once nothing can be wrong with it

@@ -4,7 +4,6 @@ Tensors are read and written a file at a time; the folder gets its name when eve
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ from ternlm.config.model import ModelConfig
 from ternlm.convert.adapt import stretch, with_protocol
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
-from ternlm.convert.weights import ConvertError, OpenModel, check_weights
+from ternlm.convert.weights import ConvertError, OpenModel, check_weights, overflows
+from ternlm.data.atomic import publish, sync
 from ternlm.data.chat import ChatProtocol
 from ternlm.data.tokenizer import CONFIG_FILE
 
@@ -55,7 +55,12 @@ def export_hf(
         _write_config(model, config, folder, written)
         _write_tokenizer(model, config, folder)
         (folder / "README.md").write_text(model_card(model, config, out.name, written), encoding="utf-8")
-        _publish(folder, out)
+        for path in folder.iterdir():
+            path.chmod(0o644)  # safetensors writes files for the owner alone
+            sync(path)
+        folder.chmod(0o755)
+        sync(folder)
+        publish(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -98,10 +103,9 @@ def _shards(model: OpenModel, dtype: torch.dtype | None, shard_bytes: int) -> It
 
 
 def _cast(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    result = tensor.to(dtype)
-    if bool((result.isinf() & tensor.isfinite()).any()):
+    if overflows(tensor, dtype):
         raise ConvertError(f"{path}: {name} has values too large for {dtype}; choose --dtype bfloat16 or float32")
-    return result
+    return tensor.to(dtype)
 
 
 def _write_config(model: OpenModel, config: ModelConfig, folder: Path, written: dict[str, Any]) -> None:
@@ -138,19 +142,3 @@ def _write_tokenizer(model: OpenModel, config: ModelConfig, folder: Path) -> Non
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Make all of it last, then give it its name."""
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files for the owner alone
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    folder.chmod(0o755)
-    if out.is_dir():
-        out.rmdir()
-    folder.rename(out)

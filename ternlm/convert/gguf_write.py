@@ -1,7 +1,6 @@
 """Writes a model as one GGUF file for llama.cpp and what builds on it, a tensor at a time."""
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from ternlm.convert.adapt import stretch, with_protocol
 from ternlm.convert.gguf_file import gguf_package
 from ternlm.convert.gguf_names import INTERLEAVED, gguf_name, is_rotated, rows_to_interleaved
 from ternlm.convert.gguf_tokenizer import vocabulary_of, write_tokenizer
-from ternlm.convert.weights import ConvertError, OpenModel, check_weights, model_shapes
-from ternlm.data.atomic import publish, temporary_path
+from ternlm.convert.weights import ConvertError, OpenModel, check_weights, model_shapes, overflows
+from ternlm.data.atomic import publish, sync, temporary_path
 from ternlm.data.chat import ChatProtocol
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,8 +67,7 @@ def write_gguf(model: OpenModel, out: Path, dtype: str = "float16") -> None:
         for tensor in _tensors(model, shapes, _DTYPES[dtype]):
             writer.write_tensor_data(tensor)
         writer.close()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         publish(temporary, out)
     finally:
         writer.close()
@@ -163,9 +161,8 @@ def _tensors(model: OpenModel, shapes: dict[str, tuple[int, ...]], dtype: torch.
 
 
 def _array(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    if dtype is torch.float16 and tensor.dtype is not torch.float16:
-        largest = tensor.abs().amax().item()
-        if math.isfinite(largest) and largest > torch.finfo(dtype).max:
-            raise ConvertError(f"{path}: {name} has {largest:g}, too large for float16; write it as bfloat16")
+    if dtype is torch.float16 and overflows(tensor, dtype):
+        largest = tensor[tensor.isfinite()].abs().amax().item()
+        raise ConvertError(f"{path}: {name} has {largest:g}, too large for float16; write it as bfloat16")
     tensor = tensor.to(dtype).contiguous()
     return tensor.numpy() if dtype is torch.float32 else tensor.view(torch.uint16).numpy()

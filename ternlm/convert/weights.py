@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
@@ -83,6 +84,11 @@ def check_weights(path: Path, config: ModelConfig, weights: Weights) -> None:
                 f"{path}: {name} is {weights.shape(name)}, and its configuration makes it {shape}; see whether its "
                 "configuration and files belong together"
             )
+
+
+def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a finite value of the tensor is too large for `dtype`."""
+    return dtype is not tensor.dtype and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any())
 
 
 def cut(tensor: Tensor, offset: tuple[int, ...] | None, shape: tuple[int, ...] | None) -> Tensor:

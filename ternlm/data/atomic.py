@@ -21,13 +21,18 @@ def temporary_path(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a file that is written and synced its name, and make the name last through a power cut."""
+    """Give a file or folder that is written and synced its name, and make the name last through a power cut."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def is_temporary(name: str) -> bool:

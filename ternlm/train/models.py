@@ -11,7 +11,7 @@ import torch
 
 import ternlm
 from ternlm.checkpoint.folders import find_checkpoint
-from ternlm.checkpoint.load import check_model, check_same_model, load_weights, read_model_config, read_state
+from ternlm.checkpoint.load import check_model, check_same_model, read_model_config, read_state
 from ternlm.checkpoint.weights import CheckpointWeights, write_weights
 from ternlm.config import ComputeConfig
 from ternlm.config.model import ModelConfig
@@ -19,10 +19,9 @@ from ternlm.config.section import ConfigError
 from ternlm.convert.detect import find_model, is_foreign, open_foreign
 from ternlm.convert.fill import fill_model
 from ternlm.convert.internlm import Norms
-from ternlm.convert.weights import OpenModel
+from ternlm.convert.weights import OpenModel, Weights
 from ternlm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from ternlm.model.decoder import CausalLM, build_empty_model
-from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
 from ternlm.train.precision import autocast, choose_device, choose_dtype
 
@@ -47,9 +46,12 @@ def open_model(path: Path) -> OpenModel:
 def loaded(name: str, device: str = "auto", dtype: str = "auto") -> Iterator[tuple[OpenModel, CausalLM]]:
     """Open a model by path or name and put its weights on a device, to be run inside this context.
 
-    device, dtype: as `compute.device` and `compute.dtype`.
+    device, dtype: as `compute.device` and `compute.dtype`. Raises ConfigError where the model has no tokenizer, before
+    its weights are read.
     """
     opened = open_model(find_model(name))
+    if opened.tokenizer is None:
+        raise ConfigError(f"{name}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
     place = choose_device(device)
     model = build_empty_model(opened.config, place)
     fill_model(model, opened.weights)
@@ -92,10 +94,13 @@ def _with_tokenizer(model: OpenModel, tokenizer: Tokenizer, path: Path) -> OpenM
     return replace(model, tokenizer=tokenizer, facts=facts)
 
 
-def check_start(path: Path, model: ModelConfig, fingerprint: str | None) -> None:
-    """Refuse a model to start from whose shape or tokenizer isn't the run's; say what else differs."""
-    if is_foreign(path):
-        start = open_foreign(path)
+def open_start(path: Path, model: ModelConfig, fingerprint: str | None) -> OpenModel | None:
+    """Open a model of another format to start from; None for a checkpoint of ours, which ranks load together.
+
+    Refuses one whose shape or tokenizer isn't the run's, and says what else differs.
+    """
+    start = open_foreign(path) if is_foreign(path) else None
+    if start is not None:
         saved = start.config
         check_model(path, saved, start.tokenizer.fingerprint if start.tokenizer else None, model, fingerprint)
     else:
@@ -105,18 +110,12 @@ def check_start(path: Path, model: ModelConfig, fingerprint: str | None) -> None
         theirs, ours = getattr(saved, name), getattr(model, name)
         if theirs != ours:
             logger.warning("%s was trained with model.%s = %s, this run has %s", path, name, theirs, ours)
+    return start
 
 
 @torch.no_grad()
-def load_start(pieces: Sequence[Piece], path: Path, mesh: Mesh) -> None:
-    """Fill this rank's pieces of the parameters, in place; no more is read than they hold, or one tensor is.
-
-    Collective: every rank must call it.
-    """
-    if not is_foreign(path):
-        load_weights(pieces, path, mesh)
-        return
-    weights = open_foreign(path).weights
+def fill_pieces_from(pieces: Sequence[Piece], weights: Weights) -> None:
+    """Fill this rank's pieces of the parameters, in place; no more is read than they hold, or one tensor is."""
     for piece in pieces:
         shard = piece.shard().detach()
         if shard.numel():

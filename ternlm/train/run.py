@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import ternlm
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import complete_steps, find_checkpoint
-from ternlm.checkpoint.load import check_same_model, load_everything, read_state
+from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_state
 from ternlm.checkpoint.save import Saver
 from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
 from ternlm.config import Config, DataConfig, diff, load_config, render
@@ -32,7 +32,7 @@ from ternlm.parallel.apply import wants_compile
 from ternlm.parallel.mesh import Mesh, one_rank
 from ternlm.parallel.pieces import Piece, make_pieces
 from ternlm.train.distributed import LaidOut, build_laid_out, fill_pieces
-from ternlm.train.models import check_start, load_start
+from ternlm.train.models import fill_pieces_from, open_start
 from ternlm.train.objective import LossFn, next_token_loss
 from ternlm.train.precision import autocast, choose_device, choose_dtype, warn_of_slow_attention
 from ternlm.train.state import Progress
@@ -129,13 +129,13 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
     check_alike("data", json.dumps(_describe_sources(loader), sort_keys=True), mesh)
     _check_tokenizer_fits(tokenizer, config)
     fingerprint = tokenizer.fingerprint if tokenizer else None
-    start = Path(config.load.checkpoint) if config.load.checkpoint else None
+    start = None
     if checkpoint:
         _check_is_run(checkpoint)
         check_same_model(checkpoint, config.model, fingerprint)
         _check_same_optimizer(checkpoint, config)
-    elif start:
-        check_start(start, config.model, fingerprint)
+    elif config.load.checkpoint:
+        start = open_start(Path(config.load.checkpoint), config.model, fingerprint)
     dtype = choose_dtype(config.compute, device)
     warn_of_slow_attention(device, dtype)
     laid_out = build_laid_out(config, mesh, dtype, compile_blocks)
@@ -159,9 +159,12 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
     )
     if checkpoint:
         _resume(run, checkpoint)
-    elif start:
-        load_start(pieces, start, mesh)
-        logger.info("weights from %s", start)
+    elif config.load.checkpoint:
+        if start is None:
+            load_weights(pieces, Path(config.load.checkpoint), mesh)
+        else:
+            fill_pieces_from(pieces, start.weights)
+        logger.info("weights from %s", config.load.checkpoint)
     return run
 
 

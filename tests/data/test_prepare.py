@@ -25,7 +25,7 @@ from ternlm.data.train_tokenizer import train_tokenizer
 
 SOME_TEXT = "the tern flies far and def return self 细胞理论 über 12 345 ( ) : = \n \n\n"
 WORDS = SOME_TEXT.split(" ")
-UNIT_BYTES = 8_000
+UNIT_BYTES = 2_000
 
 
 def sentences(count, seed=0):
@@ -154,7 +154,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(corpus, tokenizer,
         goal = len(list(out.glob("shard-*.json"))) + (rng.randint(1, 3) if attempt else 0)
         while process.poll() is None and not (out.exists() and len(list(out.glob("shard-*.json"))) >= goal):
             time.sleep(0.0005)
-        time.sleep(rng.random() * 0.05)
+        time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)  # its workers hold the pipe too: this waits for their end
         killed += process.returncode == -signal.SIGKILL

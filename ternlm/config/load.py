@@ -62,6 +62,11 @@ def list_recipes() -> list[Path]:
     return sorted(Path("recipes").glob("*.toml"))
 
 
+def load_section(section: type[S], path: Path) -> S:
+    """Read a TOML file that is one section; raises ConfigError that names all that is wrong in it."""
+    return _validate(section, _read(path), str(path))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")

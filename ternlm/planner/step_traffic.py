@@ -71,13 +71,19 @@ def parameters(model: ModelConfig, tensor: int = 1, sequence: bool = True) -> li
 
 
 def step_traffic(
-    config: Config, world: int, rank: int = 0, devices_per_node: int = 8, metrics: int = 4
+    config: Config,
+    world: int,
+    rank: int = 0,
+    devices_per_node: int = 8,
+    metrics: int = 4,
+    layout: Layout | None = None,
 ) -> list[Traffic]:
     """Return all collectives of one step of full batch size, by kind.
 
-    metrics: sums that the loss reports for each source. Raises ConfigError where the layout doesn't fit.
+    metrics: sums that the loss reports for each source. layout: what `resolve_layout` would return, where the caller
+    has it. Raises ConfigError where the layout doesn't fit.
     """
-    layout = resolve_layout(config, world)
+    layout = layout or resolve_layout(config, world)
     step = _Step(config, layout, layout.place(rank), devices_per_node)
     return [traffic for traffic in add_up(step.all(metrics)) if traffic.count]
 

@@ -1,0 +1,165 @@
+"""Published runs, a row each, as what the planner takes: settings, layout, program and cluster.
+
+A row is of another framework; what that does otherwise than TernLM is in `Program`, by the rules of `_program`. What a
+row doesn't say is filled in by the rules of `_batch`.
+"""
+
+import csv
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ternlm.config import Config, config_from_dict
+from ternlm.config.layout import Layout
+from ternlm.planner.known import Sheet, sheets
+from ternlm.planner.step_time import Step, describe_step
+from ternlm.planner.work import Program
+
+SHEETS = {"a100-80gb": "a100", "a100-40gb": "a100-40", "a800-80gb": "a800", "h100-80gb": "h100"}
+SHEETS |= {"h100-96gb-500w": "h100-96-500w", "h100-80gb-500w": "h100-500w", "h100-96gb": "h100-96"}
+SHEETS |= {"h800-80gb": "h800", "h200-141gb": "h200", "b200-180gb": "b200", "b200-192gb": "b200"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run."""
+
+    id: str
+    source: str
+    model: str
+    note: str
+    sheet: Sheet
+    devices_per_node: int
+    network_gbit_s: float
+    attention: str
+    config: Config
+    layout: Layout
+    program: Program
+    tokens_per_second: float | None
+    """Of one device, as published."""
+    memory_gib: float | None
+    step: Step
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all devices."""
+        return self.config.batch.global_sequences * self.config.data.seq_len
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a CSV of the columns that benchmarks/planner/README.md lists."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [_row(line) for line in csv.DictReader(file)]
+
+
+def _row(line: dict[str, str]) -> Row:
+    def number(name: str, default: int = 1) -> int:
+        return int(float(line[name])) if line.get(name) else default
+
+    gpu = line["gpu"].lower()
+    sheet = sheets()[SHEETS.get(gpu, gpu)]
+    world, tensor, pipeline, context = (number(name) for name in ("n_gpus", "tensor", "pipeline", "context"))
+    program = _program(line)
+    shards = [number(f"shard_{name}") for name in ("params", "grads", "optimizer")]
+    if "SHARD_GRAD_OP" in line["note"] or ("torchtitan" in line["source"] and pipeline > 1):
+        shards[0] = 1  # weights stay gathered between forward and backward, torchtitan's default with a pipeline
+    layout = Layout(world, pipeline, context, tensor, *shards)
+    microbatch, accumulation = _batch(line, layout)
+    width = number("intermediate_size")
+    config = config_from_dict(
+        {
+            "model": {
+                "hidden_size": number("hidden_size"),
+                "num_hidden_layers": number("num_layers"),
+                "num_attention_heads": number("num_heads"),
+                "num_key_value_heads": number("num_kv_heads", number("num_heads")),
+                # Two matrices of this width have as many weights as three of two thirds of it.
+                "intermediate_size": width if program.gated_mlp else width * 2 // 3,
+                "vocab_size": number("vocab_size"),
+                "tie_word_embeddings": bool(number("tied", 0)),
+                "max_position_embeddings": number("seq_len"),
+            },
+            "data": {"seq_len": number("seq_len"), "sources": [{"name": "text", "path": "-"}]},
+            "batch": {
+                "global_sequences": microbatch * accumulation * layout.data,
+                "microbatch_sequences": microbatch,
+            },
+            "train": {"steps": 1},
+            "compute": {
+                "dtype": "bfloat16",
+                "compile": "on" if program.fused else "off",
+                "recompute": 0.0 if line["recompute"] == "none" else 1.0,
+            },
+            "parallel": {
+                "pipeline": pipeline,
+                "context": context,
+                "tensor": tensor,
+                "allow_untested": True,
+                **(
+                    {"pipeline_schedule": "interleaved", "stages_per_rank": v}
+                    if (v := number("virtual_stages")) > 1
+                    else {}
+                ),
+            },
+            "sharding": {
+                **dict(zip(("params", "grads", "optimizer"), shards, strict=True)),
+                "reduce_dtype": "float32" if "Megatron" in line["source"] else "bfloat16",
+            },
+        }
+    )
+    return Row(
+        id=line["id"],
+        source=line["source"],
+        model=line["model"],
+        note=line["note"],
+        sheet=sheet,
+        devices_per_node=number("gpus_per_node", 8),
+        network_gbit_s=float(line["inter_node_gbit_per_node"] or sheet.network_gbit_s),
+        attention=program.attention,
+        config=config,
+        layout=layout,
+        program=program,
+        tokens_per_second=float(line["tokens_per_s_per_gpu"]) if line["tokens_per_s_per_gpu"] else None,
+        memory_gib=float(line["peak_memory_gib"]) if line["peak_memory_gib"] else None,
+        step=describe_step(config, layout, number("gpus_per_node", 8), program),
+    )
+
+
+def _program(line: dict[str, str]) -> Program:
+    return Program(
+        float8=line["precision"] == "fp8",
+        fused=line["compiled"] == "1",
+        attention="biased"
+        if line["model"].startswith("MPT")
+        else "flash1"
+        if line["attention"] == "flash1"
+        else "flash2",
+        gated_mlp=line["gated_mlp"] != "0",
+        halved_recompute=line["recompute"] == "selective",
+        # Megatron-LM's README names the overlap of tensor-parallel traffic among what the runs used.
+        float8_messages=line["precision"] == "fp8" and "torchtitan" in line["source"],
+        hidden_tensor="Megatron" in line["source"] or "async TP" in line["note"],
+        broadcasts="InternLM" in line["source"],
+    )
+
+
+def _batch(line: dict[str, str], layout: Layout) -> tuple[int, int]:
+    """Return sequences of a microbatch and how many microbatches there are, by what the row leaves open.
+
+    A global batch in the note is one microbatch without a pipeline, and microbatches of one sequence with it. Where the
+    batch isn't stated, it is 2 sequences, what most runs of 4,096 tokens have. torchtitan cuts a rank's batch into as
+    many microbatches as the pipeline has ranks.
+    """
+    microbatch, accumulation = (
+        int(line[name]) if line[name] else 0 for name in ("micro_batch_sequences", "gradient_accumulation")
+    )
+    total = re.search(r"global batch (\d+)", line["note"])
+    if total and not (microbatch and accumulation):
+        each = max(int(total[1]) // layout.data, 1)
+        microbatch = microbatch or (1 if layout.pipeline > 1 else each)
+        accumulation = accumulation or max(each // microbatch, 1)
+    microbatch, accumulation = microbatch or 2, accumulation or 1
+    if layout.pipeline > 1 and accumulation == 1:
+        count = min(layout.pipeline, microbatch)
+        return microbatch // count, count
+    return microbatch, accumulation

@@ -1,0 +1,231 @@
+"""What one rank computes in one training step, as kernels: matrix products by size, attention, bytes read and written.
+
+Made of the settings alone; how long it takes, and what is exchanged meanwhile, is for others (times.py, step_time.py).
+A multiply and an add are two operations. No torch here: plain numbers in, plain numbers out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ternlm.config.layout import Layout
+from ternlm.config.run import Config
+from ternlm.config.stages import OwnStage, own_stages
+from ternlm.config.training import recomputed_blocks
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a step does beside what the settings say. The defaults are TernLM's; published runs are of others."""
+
+    float8: bool = False
+    """Whether the blocks' matrix products are in float8."""
+    float8_messages: bool = False
+    """Whether what is gathered, weights and activations, is in float8 too."""
+    fused: bool = True
+    """Whether what lies between the matrix products is compiled into few kernels."""
+    attention: Literal["flash1", "flash2", "biased"] = "flash2"
+    """Generation of the kernels; biased: a bias for each distance is added to the scores (ALiBi)."""
+    gated_mlp: bool = True
+    """False: an MLP of two matrices, of as many weights as the settings' three."""
+    halved_recompute: bool = False
+    """Whether a recomputed block keeps every second product's result (torchtitan's "selective")."""
+    hidden_tensor: bool = False
+    """Whether what tensor parallelism exchanges is overlapped with the products."""
+    broadcasts: bool = False
+    """Whether updated weights are sent tensor by tensor from their owners (InternLM's framework), not gathered."""
+
+
+class Matmul(NamedTuple):
+    """A product of an m x k and a k x n matrix, so many times."""
+
+    m: int
+    n: int
+    k: int
+    float8: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Operations."""
+        return 2.0 * self.m * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels that run one after another."""
+
+    matmuls: tuple[Matmul, ...] = ()
+    attention_flops: float = 0.0
+    """Of causal attention forward, with the masked half left out; likewise backward: 2.5 times as many."""
+    attention_backward_flops: float = 0.0
+    stream_bytes: float = 0.0
+    """What all other kernels read and write."""
+    launches: int = 0
+
+    @property
+    def flops(self) -> float:
+        """Operations of all of them."""
+        return sum(m.flops for m in self.matmuls) + self.attention_flops + self.attention_backward_flops
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one rank of a pipeline has, or the only one; per microbatch."""
+
+    blocks: int
+    recomputed: int
+    """How many of the blocks run forward again in backward."""
+    ends_forward: Kernels
+    """Embedding, final norm and head with the loss, as far as they are here; likewise backward."""
+    ends_backward: Kernels
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step's computation."""
+
+    microbatches: int
+    microbatch_tokens: int
+    """Of one rank."""
+    document_tokens: int
+    forward: Kernels
+    """Of one block and microbatch; likewise the next two."""
+    backward: Kernels
+    again: Kernels
+    """What a recomputed block does once more."""
+    stages: tuple[Stage, ...]
+    """By rank of the pipeline."""
+    update_bytes: tuple[float, ...]
+    """What the optimizer reads and writes, by rank of the pipeline."""
+    accumulate_bytes: tuple[float, ...]
+    """What adding up gradients reads and writes, for each microbatch, by rank of the pipeline."""
+
+
+def step_work(
+    config: Config, layout: Layout, program: Program | None = None, document_tokens: int | None = None
+) -> Work:
+    """Return what a rank computes in a step of full batch size.
+
+    document_tokens: length of the documents that attention may not cross; a whole sequence if not given.
+    """
+    program = program or Program(fused=config.compute.compile != "off")
+    batch, sizes = config.batch, _Sizes(config, layout, program, document_tokens or config.data.seq_len)
+    stages = [own_stages(config, layout.pipeline, rank) for rank in range(layout.pipeline)]
+    parameters = [_parameters(config, layout, own) for own in stages]
+    accumulating = batch.global_sequences // (batch.microbatch_sequences * layout.data) > 1
+    return Work(
+        microbatches=batch.global_sequences // (batch.microbatch_sequences * layout.data),
+        microbatch_tokens=sizes.tokens,
+        document_tokens=sizes.document,
+        forward=sizes.forward(),
+        backward=sizes.backward(),
+        again=sizes.again(),
+        stages=tuple(sizes.stage(own) for own in stages),
+        # AdamW reads weight, gradient and two moments and writes three; the norm reads, clipping reads and writes the
+        # gradient: 40 bytes. In between lies a copy in the format of the products.
+        update_bytes=tuple(own * (40.0 / layout.optimizer + 6.0 / layout.shard) for own in parameters),
+        accumulate_bytes=tuple(own * 10.0 / layout.grads * accumulating for own in parameters),
+    )
+
+
+class _Sizes:
+    """Sizes of one rank's tensors."""
+
+    def __init__(self, config: Config, layout: Layout, program: Program, document: int) -> None:
+        model, self.program, self.config = config.model, program, config
+        self.tokens = config.batch.microbatch_sequences * config.data.seq_len // layout.context
+        self.document = min(document, config.data.seq_len)
+        self.hidden = model.hidden_size
+        self.queries = model.num_attention_heads * model.head_size // layout.tensor
+        self.keys = model.kv_heads * model.head_size // layout.tensor
+        self.inner = model.intermediate_size // layout.tensor
+        if not program.gated_mlp:
+            self.inner = self.inner * 3 // 2
+        self.vocab = model.vocab_size // layout.tensor
+        # Norms and residuals are cut along the sequence.
+        self.stream = self.hidden // layout.tensor if config.parallel.sequence else self.hidden
+        self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
+
+    def products(self) -> list[tuple[int, int]]:
+        """Return in and out of a block's matrices, those with the same input as one."""
+        up = 2 if self.program.gated_mlp else 1
+        return [
+            (self.hidden, self.queries + 2 * self.keys),
+            (self.queries, self.hidden),
+            (self.hidden, up * self.inner),
+            (self.inner, self.hidden),
+        ]
+
+    def attention_flops(self) -> float:
+        """Of a block's causal attention forward: half of 4 x heads x head size for each pair."""
+        return 2.0 * self.queries * self.tokens * self.document
+
+    def forward(self) -> Kernels:
+        """Return a block's forward pass."""
+        matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in self.products())
+        launches = 14 if self.program.fused else 28
+        return Kernels(matmuls, self.attention_flops(), 0.0, self.tokens * self.element * self._elements()[0], launches)
+
+    def backward(self) -> Kernels:
+        """Return a block's backward pass: gradients of inputs and of weights."""
+        matmuls: list[Matmul] = []
+        for into, out in self.products():
+            matmuls += [
+                Matmul(self.tokens, into, out, self.program.float8),
+                Matmul(out, into, self.tokens, self.program.float8),
+            ]
+        launches = 26 if self.program.fused else 56
+        attention = 2.5 * self.attention_flops()
+        return Kernels(tuple(matmuls), 0.0, attention, self.tokens * self.element * self._elements()[1], launches)
+
+    def again(self) -> Kernels:
+        """Return what a recomputed block does once more in its backward pass."""
+        forward = self.forward()
+        if self.config.compute.recompute_keep == "matmuls":
+            return Kernels((), 0.0, 0.0, forward.stream_bytes, forward.launches // 2)
+        if self.program.halved_recompute:
+            # Of q, k, v, o, gate, up and down every second one isn't kept: k, o and up.
+            outs = ((self.hidden, self.keys), (self.queries, self.hidden), (self.hidden, self.inner))
+            matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in outs)
+            return Kernels(matmuls, 0.0, 0.0, forward.stream_bytes, forward.launches)
+        return forward
+
+    def _elements(self) -> tuple[float, float]:
+        """Elements per token that norms, residuals, rotation and activation read and write: forward, backward."""
+        rotated = 2 * (self.queries + self.keys)
+        if self.program.fused:  # residual and norm in one kernel
+            forward, backward, inner = 8 * self.stream, 8 * self.stream, (3, 5)
+        else:
+            forward, backward, inner = 10 * self.stream, 12 * self.stream, (5, 9)
+        if not self.program.gated_mlp:
+            inner, rotated = (2, 3), 0
+        return forward + inner[0] * self.inner + rotated, backward + inner[1] * self.inner + rotated
+
+    def stage(self, own: Iterable[OwnStage]) -> Stage:
+        """Return what a rank has of blocks and ends."""
+        own = list(own)
+        blocks = sum(len(stage.layers) for stage in own)
+        first, last = any(stage.first for stage in own), any(stage.last for stage in own)
+        embedding = 3 * self.element * self.tokens * self.stream * first
+        head, logits = (self.hidden, self.vocab), float(self.tokens) * self.vocab * last
+        into, out = head
+        forward = (Matmul(self.tokens, out, into),) if last else ()
+        backward = (Matmul(self.tokens, into, out), Matmul(out, into, self.tokens)) if last else ()
+        # The loss in float32: the logits are written, cast, exponentiated, summed; backward, made a gradient and cast.
+        forward_bytes, backward_bytes = (10.0, 8.0) if self.program.fused else (14.0, 12.0)
+        return Stage(
+            blocks,
+            recomputed_blocks(blocks, self.config.compute.recompute),
+            Kernels(forward, 0.0, 0.0, embedding + forward_bytes * logits, 6 * last + 2 * first),
+            Kernels(backward, 0.0, 0.0, 2 * embedding + backward_bytes * logits, 8 * last + 2 * first),
+        )
+
+
+def _parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) -> float:
+    """Return how many parameters a rank of this place has, all cuts over data ranks aside."""
+    model, count = config.model, 0
+    for stage in own:
+        count += len(stage.layers) * model.num_layer_params
+        table = model.vocab_size * model.hidden_size
+        count += table * (stage.first + (stage.last and not (stage.first and model.tie_word_embeddings)))
+    return count / layout.tensor

@@ -122,6 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, head_VD, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_product_(grad_weight, grad.T, hidden)
+            del logits, exps, grad  # else they lived on while the next chunk's are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll_N, correct_N)

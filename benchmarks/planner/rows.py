@@ -61,8 +61,10 @@ def _row(line: dict[str, str]) -> Row:
     world, tensor, pipeline, context = (number(name) for name in ("n_gpus", "tensor", "pipeline", "context"))
     program = _program(line)
     shards = [number(f"shard_{name}") for name in ("params", "grads", "optimizer")]
-    if "SHARD_GRAD_OP" in line["note"] or ("torchtitan" in line["source"] and pipeline > 1):
-        shards[0] = 1  # weights stay gathered between forward and backward, torchtitan's default with a pipeline
+    if "SHARD_GRAD_OP" in line["note"]:
+        shards[0] = 1
+    if "torchtitan" in line["source"] and pipeline > 1:  # its default: weights stay gathered, gradients add up whole
+        shards[:2] = 1, 1
     layout = Layout(world, pipeline, context, tensor, *shards)
     microbatch, accumulation = _batch(line, layout)
     width = number("intermediate_size")
@@ -140,6 +142,10 @@ def _program(line: dict[str, str]) -> Program:
         float8_messages=line["precision"] == "fp8" and "torchtitan" in line["source"],
         hidden_tensor="Megatron" in line["source"] or "async TP" in line["note"],
         broadcasts="InternLM" in line["source"],
+        whole_logits=True,
+        logit_bytes=14.0,
+        # InternEvo: about 27 bytes per parameter, as its table implies; in all others as in TernLM.
+        **({"weight_bytes": 2.0, "state_bytes": 20.0} if "InternEvo" in line["source"] else {}),
     )
 
 

@@ -50,6 +50,8 @@ class Cluster(Section):
     device: str = setting(..., "as PyTorch names it", min_length=1)
     devices_per_node: int = setting(1, "devices that the fast links join", gt=0)
     memory_gib: float = setting(..., "of one device", unit="GiB", gt=0)
+    reserve_gib: float = setting(0.0, "memory that isn't for tensors: driver, communication", unit="GiB", ge=0)
+    fragmentation: float = setting(0.0, "memory lost between tensors, as a share of theirs", ge=0)
     peak_tflops: float = setting(..., "of one device, which MFU is measured against", unit="TFLOPS", gt=0)
     dollars_per_hour: float = setting(0.0, "price of one device for an hour; 0: not known", unit="dollars", ge=0)
     source: str = setting("", "where the figures are from")

@@ -46,6 +46,8 @@ class Constants(Section):
         ..., "the same where owners broadcast tensor by tensor", unit="microseconds", gt=0
     )
     tensor_exposed: float = setting(..., "share of overlapped tensor-parallel traffic that isn't hidden", ge=0, le=1)
+    reserve_gib: float = setting(..., "memory that isn't for tensors", unit="GiB", ge=0)
+    fragmentation: float = setting(..., "memory lost between tensors, as a share of theirs", ge=0)
     overhead: float = setting(..., "share of a step that goes to everything else", ge=0)
 
 

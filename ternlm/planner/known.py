@@ -77,6 +77,8 @@ def make_cluster(
         device=sheet.name,
         devices_per_node=devices_per_node,
         memory_gib=sheet.memory_gib,
+        reserve_gib=c.reserve_gib,
+        fragmentation=c.fragmentation,
         peak_tflops=peak,
         source="data sheets (known.toml) and constants fitted to published runs (fitted.toml)",
         rates=Rates(

@@ -30,6 +30,12 @@ class Program:
     """False: an MLP of two matrices, of as many weights as the settings' three."""
     halved_recompute: bool = False
     """Whether a recomputed block keeps every second product's result (torchtitan's "selective")."""
+    whole_logits: bool = False
+    """Whether all logits of a microbatch exist at once, of `logit_bytes` each with what the loss makes of them."""
+    logit_bytes: float = 10.0
+    weight_bytes: float = 4.0
+    """Per parameter, where it isn't cut; likewise what the optimizer adds."""
+    state_bytes: float = 8.0
     hidden_tensor: bool = False
     """Whether what tensor parallelism exchanges is overlapped with the products."""
     broadcasts: bool = False

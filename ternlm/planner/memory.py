@@ -1,0 +1,188 @@
+"""What one rank's memory holds when a training step needs most of it, by kind, from the settings alone.
+
+The program it speaks of is TernLM's, uncompiled; a test holds it against `tern simulate`, which runs it. Looks at two
+moments: the loss of the last microbatch, and the backward pass of the block after it. No torch here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ternlm.config.layout import Layout
+from ternlm.config.run import Config
+from ternlm.config.stages import OwnStage, own_stages
+from ternlm.config.training import recomputed_blocks
+from ternlm.planner.cluster import Cluster
+from ternlm.planner.step_traffic import chunk_tokens
+from ternlm.planner.work import Program
+
+GIB = 2**30
+KINDS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "communication", "reserve")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak."""
+
+    parts: dict[str, float]
+    """By kind: weights, gathered (copies for the products), gradients, optimizer, activations, logits, communication
+    (buffers), reserve (the driver's, the communication library's, and what lies between tensors)."""
+    rank: int
+    """Which rank of the pipeline."""
+
+    @property
+    def bytes(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+def peak_memory(
+    config: Config, layout: Layout, cluster: Cluster | None = None, program: Program | None = None
+) -> Memory:
+    """Return the memory of the rank that needs most. Without a cluster, nothing is held in reserve."""
+    program = program or Program(fused=config.compute.compile != "off")
+    ranks = range(layout.pipeline)
+    found = [_RankMemory(config, layout, rank, program).peak() for rank in ranks]
+    most = max(found, key=lambda memory: memory.bytes)
+    if cluster:
+        between = most.bytes * cluster.fragmentation
+        most.parts["reserve"] = cluster.reserve_gib * GIB + between
+    return most
+
+
+class _RankMemory:
+    """One pipeline rank's tensors, in bytes."""
+
+    def __init__(self, config: Config, layout: Layout, rank: int, program: Program) -> None:
+        self.config, self.layout, self.rank, self.program = config, layout, rank, program
+        model = config.model
+        self.stages: Sequence[OwnStage] = own_stages(config, layout.pipeline, rank)
+        self.sequence = layout.tensor if config.parallel.sequence else 1
+        self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
+        self.tokens = config.batch.microbatch_sequences * config.data.seq_len // layout.context
+        self.microbatches = config.batch.global_sequences // (config.batch.microbatch_sequences * layout.data)
+        self.last = any(stage.last for stage in self.stages)
+        self.first = any(stage.first for stage in self.stages)
+        self.blocks = sum(len(stage.layers) for stage in self.stages)
+        self.layer = model.num_layer_params / layout.tensor
+        self.table = model.vocab_size * model.hidden_size / layout.tensor
+        own_head = self.last and not (model.tie_word_embeddings and self.first)
+        self.head = self.table if own_head else 0.0
+        self.root = self.table * self.first + model.hidden_size * self.last
+        self.parameters = self.blocks * self.layer + self.root + self.head
+        # Where nothing is cut, weights are cast as they are used.
+        self.gathers = layout.data_ranks > 1
+
+    def peak(self) -> Memory:
+        """Return the greater of two moments."""
+        moments = [self._at_loss()] if self.last else []
+        moments.append(self._in_backward())
+        return Memory(max(moments, key=lambda parts: sum(parts.values())), self.rank)
+
+    def _held(self) -> dict[str, float]:
+        """What is there throughout; gradients as they are while the last microbatch runs."""
+        layout, own = self.layout, self.parameters
+        accumulated = 4 * own / layout.grads if self.microbatches > 1 else 0.0
+        return {
+            "weights": self.program.weight_bytes * own / layout.shard,
+            "gradients": accumulated,
+            "optimizer": self.program.state_bytes * own / layout.optimizer,
+        }
+
+    def _at_loss(self) -> dict[str, float]:
+        parts = self._held()
+        parts["gathered"] = self._gathered(self.head or (self.table if self.last else 0.0))
+        # The head's gradient in float32, and a chunk's part of it in the format of the products.
+        mixed = self.element < 4
+        parts["gradients"] += self.table * (4 + (self.element if self.gathers else 4) * mixed)
+        parts["activations"] = self._activations() + self.tokens * self.config.model.hidden_size * self.element * 4
+        vocab = self.config.model.vocab_size / self.layout.tensor
+        rows = self.tokens if self.program.whole_logits else min(self.tokens, chunk_tokens(self.config))
+        each = self.program.logit_bytes if self.program.whole_logits else 4 + self.element * mixed
+        parts["logits"] = rows * vocab * each
+        if self.layout.reshard:
+            parts["communication"] = self.head * self.element
+        return parts
+
+    def _in_backward(self) -> dict[str, float]:
+        parts = self._held()
+        parts["gathered"] = self._gathered(self.layer)
+        # A block's first gradients, in the format of the products.
+        parts["gradients"] += self.layer * self.element * 0.25
+        if self.layout.pipeline > 1:  # what goes to the neighbours; gradients are reduced when less is under way
+            messages = 16 if len(self.stages) > 1 else 5
+            stream = self.tokens * self.config.model.hidden_size * self.element / self.sequence
+            parts["communication"] = messages * stream
+        elif self.layout.reshard:
+            parts["communication"] = 4 * max(self.head, self.layer) + self.element * self.layer
+        elif self.layout.shard > 1:
+            parts["communication"] = 4 * self.head
+        again = recomputed_blocks(self.blocks, self.config.compute.recompute)
+        block = self._block(0) - self._block(1) if again == self.blocks else 0.0
+        transient = 3 * self.element * self.tokens * self.config.model.intermediate_size / self.layout.tensor
+        parts["activations"] = self._activations() + self.tokens * block + transient
+        return parts
+
+    def _gathered(self, beside_root: float) -> float:
+        """Return the copies that products take; beside_root: parameters that are there for a moment."""
+        if not self.gathers:
+            return 0.0
+        held = self.root + beside_root if self.layout.reshard else self.parameters
+        return held * self.element
+
+    def _activations(self) -> float:
+        """Return what the backward passes to come will need, of all microbatches that are under way."""
+        again = recomputed_blocks(self.blocks, self.config.compute.recompute)
+        each = self.tokens * (again * self._block(1) + (self.blocks - again) * self._block(0))
+        if (
+            not self.gathers and self.element < self.program.weight_bytes
+        ):  # weights that each microbatch casts for itself
+            each += self.element * (self.blocks * self.layer + self.table * self.last)
+        return each * self._under_way()
+
+    def _under_way(self) -> float:
+        """Return how many microbatches this rank has run forward and not backward, at most, of all its stages."""
+        p, m = self.layout.pipeline, self.microbatches
+        if p == 1:
+            return 1.0
+        schedule, each = self.config.parallel.pipeline_schedule, self.config.parallel.stages_per_rank
+        if schedule == "interleaved":
+            started = min((p - self.rank - 1) * 2 + (each - 1) * p + 1, m * each)
+            return started / each
+        if schedule == "zero_bubble" and each > 1:
+            return float(min(p, m))
+        return float(min(p - self.rank, m))
+
+    def _block(self, recomputed: int) -> float:
+        """Return the bytes per token that a block keeps for its backward pass."""
+        model, tensor, sequence = self.config.model, self.layout.tensor, self.sequence
+        hidden = float(model.hidden_size)
+        heads = model.num_attention_heads / tensor
+        queries, keys = heads * model.head_size, model.kv_heads / tensor * model.head_size
+        inner = model.intermediate_size / tensor
+        if not self.program.gated_mlp:
+            inner = 1.5 * inner
+        products = 2 if self.program.gated_mlp else 1
+        if recomputed:
+            kept = hidden / sequence * self.element
+            if self.config.compute.recompute_keep == "matmuls":
+                outputs = 2 * queries + 2 * keys + products * inner + 2 * hidden / sequence
+                kept += outputs * self.element + 4 * heads
+            elif self.program.halved_recompute:  # q, v, attention, gate and down are kept
+                outputs = 2 * queries + keys + inner + hidden / sequence
+                kept += outputs * self.element + 4 * heads
+            return kept
+        # Norms keep their input and result in float32, the products their inputs; attention its own and its result.
+        norms = (16 * hidden + 8) / sequence
+        inputs = 2 * hidden * self.element
+        attention = (2 * queries + 2 * keys) * self.element + 4 * heads
+        if model.qk_norm:
+            attention += 8 * (queries + keys) + 4 * (heads + model.kv_heads / tensor)
+        mlp = (2 * products if self.program.gated_mlp else 2) * inner * self.element
+        if self.program.fused:  # results of norms and activation are made again from what is kept
+            norms, mlp = 2 * hidden / sequence * self.element + 8 / sequence, (products + 1) * inner * self.element
+        return norms + inputs + attention + mlp
+
+
+def fits(memory: Memory, cluster: Cluster) -> bool:
+    """Whether a rank's peak is within its device's memory."""
+    return memory.bytes <= cluster.memory_gib * GIB

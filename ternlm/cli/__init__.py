@@ -15,6 +15,7 @@ import typer
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign
 from ternlm.cli.data import data
 from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Seed, Temperature, TopK, TopP
+from ternlm.cli.plan import plan
 
 app = typer.Typer(
     name="tern",
@@ -254,6 +255,7 @@ def list_configs() -> None:
             typer.echo(f"{path}: {file.readline().lstrip('# ').strip()}")
 
 
+app.command("plan")(plan)
 app.command("export")(export_model)
 app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)

@@ -76,6 +76,11 @@ def resolve_layout(config: Config, world: int) -> Layout:
     Also where the combination isn't tested, unless `parallel.allow_untested`.
     """
     parallel, sharding = config.parallel, config.sharding
+    if parallel.auto:
+        raise ConfigError(
+            "parallel.auto = true leaves the layout to the planner, which hasn't chosen it; `tern plan` shows what it "
+            "chooses, and the settings to type instead"
+        )
     degrees = parallel.pipeline * parallel.context * parallel.tensor
     if world % degrees:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """How a run is laid out over devices: degrees of parallelism and the three sizes of hybrid sharding."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -8,8 +8,21 @@ from ternlm.config.section import Section, refuse_ignored, setting
 
 
 class ParallelConfig(Section):
-    """Degrees of parallelism. What they leave of the devices is data parallel."""
+    """Degrees of parallelism. What they leave of the devices is data parallel.
 
+    `parallel = "auto"` is short for `parallel.auto = true`.
+    """
+
+    auto: bool = setting(
+        False,
+        "take the fastest layout that the planner finds for these devices: degrees, sharding, recompute and "
+        "microbatch, whatever the recipe says of them",
+    )
+    cluster: str = setting(
+        "",
+        "auto: what to plan for, a known cluster such as h100x8 or a file that `tern calibrate` wrote; what the "
+        "device's name says if not given",
+    )
     pipeline: int = setting(1, "stages that the layers are cut into", unit="ranks", gt=0)
     context: int = setting(1, "ranks that share each sequence", unit="ranks", gt=0)
     tensor: int = setting(1, "ranks that share each matrix; best inside one node", unit="ranks", gt=0)
@@ -32,8 +45,18 @@ class ParallelConfig(Section):
         10.0, "a rank that hears nothing from another for so long ends the job with an error", unit="minutes", gt=0
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_auto(cls, given: Any) -> Any:
+        return {"auto": True} if given == "auto" else given
+
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
+        if self.auto:
+            chosen = ("pipeline", "context", "tensor", "context_method", "pipeline_schedule", "stages_per_rank")
+            refuse_ignored(self, chosen, "auto = true", "set auto to false")
+        else:
+            refuse_ignored(self, ("cluster",), "auto = false", "set auto to true")
         if self.tensor == 1:
             refuse_ignored(self, ("sequence",), "tensor = 1", "raise tensor")
         if self.context == 1:

@@ -16,6 +16,11 @@ class DevicePeak(NamedTuple):
     """Where the figure comes from, in words."""
 
 
+def device_name(device: torch.device) -> str:
+    """Return a device's name, as data sheets are looked up by it; `cpu` for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
     """Return the peak of matrix products in `dtype`.
 
@@ -23,7 +28,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
     second: keep the answer.
     """
     if device.type == "cuda":
-        name, number_format = torch.cuda.get_device_name(device), _format_on_cuda(dtype)
+        name, number_format = device_name(device), _format_on_cuda(dtype)
         known = peak_tflops(name, number_format)
         if known is not None:
             return DevicePeak(known, f"data sheet of {name}, dense {number_format}")

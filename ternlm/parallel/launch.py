@@ -5,6 +5,7 @@ Loads no torch, so that a mistake in the settings shows at once. Does not start 
 
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -32,6 +33,8 @@ class Launch:
     """The number of its device, among those that it sees."""
     restarted: bool = False
     """Whether torchrun or Slurm has started the same command anew."""
+    node_ranks: int = 1
+    """How many ranks are on a node, as far as the launcher says."""
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -43,15 +46,21 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         again = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or _requeued(environment)
         rank, world, local = _integers(environment, names, "start the ranks with torchrun")
-        return Launch(rank, world, local, again)
+        return Launch(rank, world, local, again, _first_number(environment.get("LOCAL_WORLD_SIZE")))
     # A shell inside an allocation has SLURM_JOB_ID; only a task that srun started has SLURM_STEP_ID and a rank of it.
     if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         rank, world, local_rank = _integers(environment, names, "start the ranks with srun")
         # `srun --gpus-per-task=1` shows each rank its own device alone, as number 0.
         alone = len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
-        return Launch(rank, world, 0 if alone else local_rank, _requeued(environment))
+        here = _first_number(environment.get("SLURM_STEP_TASKS_PER_NODE"))  # such as 8(x4)
+        return Launch(rank, world, 0 if alone else local_rank, _requeued(environment), here)
     return Launch(restarted=_requeued(environment))
+
+
+def _first_number(text: str | None) -> int:
+    found = re.match(r"[1-9]\d*", text or "")
+    return int(found[0]) if found else 1
 
 
 def _requeued(environment: Mapping[str, str]) -> bool:

@@ -54,6 +54,7 @@ class Choice:
             section: getattr(config, section).model_copy(update={name: values[name] for name in names})
             for section, names in _SECTIONS.items()
         }
+        sections["parallel"] = sections["parallel"].model_copy(update={"auto": False})
         return config.model_copy(update=sections)
 
     def checked_in(self, config: Config) -> Config:
@@ -62,7 +63,7 @@ class Choice:
         values = asdict(self)
         for section, names in _SECTIONS.items():
             table[section] |= {name: values[name] for name in names}
-        table["parallel"]["auto"] = False
+        table["parallel"] |= {"auto": False, "cluster": ""}
         return config_from_dict(table)
 
     def overrides(self, before: "Choice") -> list[str]:

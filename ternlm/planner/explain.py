@@ -98,8 +98,8 @@ def _how_exchanged(plan: Plan, name: str) -> str:
     ranks = " and ".join(dict.fromkeys(f"{t.ranks:,}" for t in found))
     sent, count = sum(t.sent_bytes for t in found), sum(t.count for t in found)
     return (
-        f"{human_bytes(sent)} sent in {count:,} calls among {ranks} ranks {where}, at {rates}: links busy for "
-        f"{human_seconds(busy)}; this is what computation doesn't hide"
+        f"{human_bytes(sent)} sent in {count:,} calls among {ranks} ranks {where}, at {rates}: links "
+        f"busy for {human_seconds(busy)}, of which this isn't hidden"
     )
 
 

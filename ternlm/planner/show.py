@@ -8,15 +8,18 @@ from rich.console import Group
 from rich.table import Table
 
 from ternlm.config.layout import Layout
-from ternlm.planner.explain import Explained, explain_memory, explain_time
+from ternlm.planner.explain import explain_memory, explain_time
 from ternlm.planner.memory import GIB
-from ternlm.planner.plan import DAY, Plan
-from ternlm.planner.units import human_count, human_flops, human_seconds
+from ternlm.planner.plan import DAY, HOUR, Plan
+from ternlm.planner.units import human_count, human_seconds
+
+SHOWN = 5e-4
+"""Share of a step from which a part has a line of its own."""
 
 
-def plan_tables(plan: Plan, tokens: float | None = None) -> Group:
-    """Return what is printed. tokens: how long the run is; the recipe's length if not given."""
-    return Group(*_heading(plan), _time(plan), _memory(plan), *_verdict(plan), *_whole_run(plan, tokens))
+def plan_tables(plan: Plan, tokens: float) -> Group:
+    """Return what is printed. tokens: how long the run is."""
+    return Group(*_heading(plan), _time(plan), _memory(plan), *_verdict(plan), run_length(plan, tokens))
 
 
 def plan_figures(plan: Plan) -> dict[str, Any]:
@@ -37,6 +40,14 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "bounds": plan.bounds,
     }
+
+
+def run_length(plan: Plan, tokens: float) -> str:
+    """Say how long a run takes, and what it costs where the cluster has a price."""
+    seconds = plan.seconds_for(tokens)
+    text = f"{human_count(tokens)} tokens take {seconds / DAY:,.2f} days, {seconds / HOUR * plan.layout.world:,.0f}"
+    priced = f", {plan.dollars_for(tokens):,.0f} dollars" if plan.cluster.dollars_per_hour else ""
+    return f"{text} device-hours{priced}, without checkpoints and failures"
 
 
 def layout_words(layout: Layout) -> str:
@@ -63,13 +74,14 @@ def _time(plan: Plan) -> Table:
     table.add_column("ms", f"{plan.time.seconds * 1e3:,.1f}", justify="right")
     table.add_column("share", justify="right")
     table.add_column("how it was got", overflow="fold")
-    for one in _longest_first(explain_time(plan)):
-        table.add_row(one.name, f"{one.amount * 1e3:,.1f}", f"{one.amount / plan.time.seconds:.1%}", one.how)
+    whole, shown = plan.time.seconds, 0.0
+    for one in sorted(explain_time(plan), key=lambda one: -one.amount):
+        if one.amount >= SHOWN * whole:
+            table.add_row(one.name, f"{one.amount * 1e3:,.1f}", f"{one.amount / whole:.1%}", one.how)
+            shown += one.amount
+    if whole - shown > 1e-9 * whole:
+        table.add_row("rest", f"{(whole - shown) * 1e3:,.1f}", f"{1 - shown / whole:.1%}", "parts shorter than this")
     return table
-
-
-def _longest_first(parts: list[Explained]) -> list[Explained]:
-    return sorted(parts, key=lambda one: -one.amount)
 
 
 def _memory(plan: Plan) -> Table:
@@ -95,13 +107,3 @@ def _verdict(plan: Plan) -> list[str]:
         f"peak {plan.cluster.peak_tflops:g}",
         f"{fit} Bound by {limit}: {seconds / plan.time.seconds:.0%} of the step.",
     ]
-
-
-def _whole_run(plan: Plan, tokens: float | None) -> list[str]:
-    tokens = tokens or float(plan.config.train.steps * plan.step_tokens)
-    seconds = plan.seconds_for(tokens)
-    hours = seconds / 3600 * plan.layout.world
-    text = f"{human_count(tokens)} tokens: {seconds / DAY:,.2f} days, {hours:,.0f} device-hours"
-    if plan.cluster.dollars_per_hour:
-        text += f", {plan.dollars_for(tokens):,.0f} dollars"
-    return [text + f", {human_flops(plan.flops.full / plan.step_tokens * plan.layout.world)} a token"]

@@ -14,11 +14,12 @@ from ternlm.config.section import ConfigError, UserError
 from ternlm.data.atomic import write_atomically
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.model.decoder import CausalLM
-from ternlm.monitor.peak import device_peak
+from ternlm.monitor.peak import device_name, device_peak
 from ternlm.monitor.sinks import Sink, open_sinks
 from ternlm.parallel.group import process_group
 from ternlm.parallel.launch import find_launch, log_from
 from ternlm.parallel.mesh import Mesh, make_mesh
+from ternlm.planner.auto import take_best
 from ternlm.train.lock import run_lock
 from ternlm.train.loop import Every, train_loop
 from ternlm.train.precision import choose_device
@@ -44,9 +45,10 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     if config.sample.every_steps and continue_texts is None:
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
     launch = find_launch()
-    layout = resolve_layout(config, launch.world)
     log_from(launch)
     device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
+    config = take_best(config, launch.world, device_name(device), launch.node_ranks)
+    layout = resolve_layout(config, launch.world)
     with process_group(launch, device, config.parallel.timeout_minutes), ExitStack() as stack:
         mesh = make_mesh(layout, launch.rank, device, config.parallel.timeout_minutes)
         check_alike("settings", render(config), mesh)

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from ternlm.config import Config
+from ternlm.config.outputs import check_writable
 from ternlm.config.section import ConfigError
 from ternlm.planner.units import human_bytes, human_flops
 from ternlm.train.simulate import Simulation, simulate
@@ -34,7 +35,7 @@ def run_simulation(
         raise ConfigError(f"--rank = {rank} must be at least 0 and below --world-size = {world}; choose another rank")
     for option, file in (("--json", json_file), ("--timeline", timeline)):
         if file is not None:
-            _check_writable(option, file)
+            check_writable(option, file)
     with Console(stderr=True).status(f"simulating rank {rank} of {world:,}"), _torch_silent():
         simulation = simulate(config, world, rank, devices_per_node)
     Console().print(tables(simulation, config))  # first, since writing may fail yet
@@ -72,18 +73,6 @@ def tables(simulation: Simulation, config: Config) -> Group:
         f"{config.data.seq_len} tokens in {simulation.dtype}, {human_flops(simulation.flops)}",
     ]
     return Group(*lines, _memory(simulation), _collectives(simulation))
-
-
-def _check_writable(option: str, file: Path) -> None:
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"{option} = {file} must lie in a folder that exists; make {file.parent} or choose another")
-    try:
-        existed = file.exists()
-        file.open("a").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise ConfigError(f"{option} = {file} can't be written ({error.strerror}); choose another file") from error
 
 
 def _memory(simulation: Simulation) -> Table:

@@ -1,0 +1,120 @@
+"""What to change where a run can't be as its settings say: the nearest legal layout, the cheapest that fits.
+
+No torch here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ternlm.config.layout import resolve_layout
+from ternlm.config.run import Config
+from ternlm.config.section import ConfigError
+from ternlm.planner.choice import Choice, choice_of, meshes, recomputes, shardings
+from ternlm.planner.cluster import Cluster
+from ternlm.planner.plan import Plan, make_plan
+
+
+def plan_or_advise(config: Config, cluster: Cluster, world: int, document_tokens: int | None = None) -> Plan:
+    """Predict a run; where its layout isn't legal, raise ConfigError that names the nearest one that is."""
+    try:
+        return make_plan(config, cluster, world, document_tokens)
+    except ConfigError as error:
+        nearest = nearest_legal(config, world, cluster.devices_per_node)
+        if nearest is None:
+            raise
+        raise ConfigError(f"{error}\nnearest legal: {' '.join(nearest.overrides(choice_of(config)))}") from error
+
+
+def cheapest_changes(
+    config: Config, cluster: Cluster, world: int, document_tokens: int | None = None, count: int = 3
+) -> list[tuple[Choice, Plan]]:
+    """Return the fastest changes of one kind (recompute, cuts, microbatch, one degree) that make a legal run fit."""
+    layout = resolve_layout(config, world)
+    now = replace(choice_of(config), params=layout.params, grads=layout.grads, optimizer=layout.optimizer)
+    best: list[tuple[Choice, Plan]] = []
+    for kind in _kinds(now, config, cluster, world):
+        fitting = (plan for plan in _plans(kind, config, cluster, world, document_tokens) if plan[1].fits)
+        fastest = min(fitting, key=lambda one: one[1].time.seconds, default=None)
+        if fastest:
+            best.append(fastest)
+    return sorted(best, key=lambda one: one[1].time.seconds)[:count]
+
+
+def _kinds(now: Choice, config: Config, cluster: Cluster, world: int) -> Iterator[list[Choice]]:
+    """Yield the choices that differ from the present one in one kind of setting."""
+    yield [choice for choice in recomputes(now) if choice.recompute > now.recompute]
+    yield [choice for choice in shardings(now, world) if choice != now]
+    yield [
+        replace(now, microbatch_sequences=rows)
+        for rows in range(1, now.microbatch_sequences)
+        if now.microbatch_sequences % rows == 0
+    ]
+    for degree in ("tensor", "pipeline", "context"):
+        found = []
+        for mesh in meshes(config, world, cluster.devices_per_node):
+            moved = replace(now, **{degree: getattr(mesh, degree)})
+            if getattr(moved, degree) > getattr(now, degree) and moved not in found:
+                found.append(moved)
+        yield [_within(moved, world) for moved in found]
+
+
+def _within(choice: Choice, world: int) -> Choice:
+    """Return the choice with cuts no wider than the ranks that its degrees leave."""
+    ranks = world // choice.pipeline // choice.tensor
+    sizes = {name: min(getattr(choice, name), ranks) for name in ("params", "grads", "optimizer")}
+    return replace(choice, **sizes)
+
+
+def _plans(
+    choices: list[Choice], config: Config, cluster: Cluster, world: int, document_tokens: int | None
+) -> Iterator[tuple[Choice, Plan]]:
+    for choice in choices:
+        try:
+            yield choice, make_plan(choice.checked_in(config), cluster, world, document_tokens)
+        except ConfigError:  # isn't legal
+            continue
+
+
+def nearest_legal(config: Config, world: int, devices_per_node: int) -> Choice | None:
+    """Return the legal choice that differs least from what the settings ask for; None where there is none."""
+    wanted = choice_of(config)
+
+    def apart(choice: Choice) -> float:
+        return sum(
+            weight * abs(_steps(getattr(choice, name), getattr(wanted, name))) for name, weight in _DEGREES.items()
+        ) + ((choice.pipeline_schedule != wanted.pipeline_schedule) + (choice.context_method != wanted.context_method))
+
+    base = replace(wanted, params=1, grads=1, optimizer=1)
+    names = ("pipeline", "context", "tensor", "context_method", "pipeline_schedule", "stages_per_rank")
+    candidates = sorted(meshes(config, world, devices_per_node), key=apart)
+    for mesh in candidates:
+        moved = replace(base, **{name: getattr(mesh, name) for name in (*names, "microbatch_sequences")})
+        ranks = world // moved.pipeline // moved.tensor
+        cuts = sorted(shardings(moved, world), key=lambda cut: _cut_apart(cut, wanted, ranks))
+        for cut in cuts[:8]:
+            if _is_legal(cut, config, world):
+                return cut
+    return None
+
+
+_DEGREES = {"tensor": 4.0, "pipeline": 4.0, "context": 4.0, "stages_per_rank": 1.0, "microbatch_sequences": 1.0}
+"""What a doubling weighs."""
+
+
+def _is_legal(choice: Choice, config: Config, world: int) -> bool:
+    try:
+        resolve_layout(choice.checked_in(config), world)
+    except ConfigError:
+        return False
+    return True
+
+
+def _steps(one: int, other: int) -> float:
+    """Return how many doublings lie between two degrees."""
+    return abs((one / other if one > other else other / one) - 1) ** 0.5
+
+
+def _cut_apart(cut: Choice, wanted: Choice, ranks: int) -> float:
+    names = ("params", "grads", "optimizer")
+    sizes = [ranks if getattr(wanted, name) == -1 else getattr(wanted, name) for name in names]
+    return sum(_steps(getattr(cut, name), size) for name, size in zip(names, sizes, strict=True))

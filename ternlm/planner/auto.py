@@ -1,0 +1,42 @@
+"""`parallel = "auto"`: the planner chooses a run's layout. No torch here."""
+
+import logging
+
+from ternlm.config.run import Config
+from ternlm.config.section import ConfigError
+from ternlm.planner.choice import choice_of
+from ternlm.planner.cluster import Cluster
+from ternlm.planner.known import find_cluster, sheets
+from ternlm.planner.search import Search
+
+logger = logging.getLogger(__name__)
+
+
+def take_best(config: Config, world: int, device: str = "", devices_per_node: int = 8) -> Config:
+    """Return the settings with the fastest layout of `world` devices where `parallel.auto` is set, else unchanged.
+
+    device: as PyTorch names it, to plan for where `parallel.cluster` names nothing else. The same on every rank. Raises
+    ConfigError where the device isn't known or no layout fits.
+    """
+    if not config.parallel.auto:
+        return config
+    cluster = find_cluster(config.parallel.cluster) if config.parallel.cluster else _named(device, devices_per_node)
+    choice, plan = Search(config, cluster, world).run(1).best[0]
+    chosen = choice.checked_in(config)
+    logger.info(
+        "parallel.auto chose %s: %.0f tokens/s a device predicted on %s",
+        " ".join(choice.overrides(choice_of(config))) or "the recipe's layout",
+        plan.tokens_per_second,
+        cluster.name,
+    )
+    return chosen
+
+
+def _named(device: str, devices_per_node: int) -> Cluster:
+    for name, sheet in sheets().items():
+        if sheet.name == device:
+            return find_cluster(f"{name}x{devices_per_node}")
+    raise ConfigError(
+        f"parallel.auto = true doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
+        f"{', '.join(f'{name}x{devices_per_node}' for name in sheets())}, or to a file that `tern calibrate` wrote"
+    )

@@ -1,0 +1,160 @@
+"""What `tern plan` does: settings and a cluster in; tables, figures and a plot out. No torch here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ternlm.config.load import load_config
+from ternlm.config.outputs import check_writable
+from ternlm.config.run import Config
+from ternlm.config.section import ConfigError
+from ternlm.planner.advice import cheapest_changes, plan_or_advise
+from ternlm.planner.choice import choice_of
+from ternlm.planner.cluster import Cluster
+from ternlm.planner.known import find_cluster
+from ternlm.planner.memory import GIB
+from ternlm.planner.plan import Plan
+from ternlm.planner.resume import Done, read_checkpoint, resume_lines
+from ternlm.planner.scale import doublings, plot_scale, scale, scale_figures, scale_notes, scale_table
+from ternlm.planner.search import Search
+from ternlm.planner.show import plan_figures, plan_tables, run_length
+from ternlm.planner.show_search import search_figures, search_tables
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked."""
+
+    settings: tuple[str, ...]
+    """The recipe and its overrides; overrides alone where a checkpoint is given."""
+    cluster: str = "h100x8"
+    nodes: int = 1
+    devices: int | None = None
+    search: bool = False
+    top: int = 10
+    scale_to: int = 0
+    grow_batch: bool = False
+    plot: Path | None = None
+    tokens: float | None = None
+    dollars_per_hour: float | None = None
+    document_tokens: int | None = None
+    json: Path | None = None
+
+
+def run_plan(request: Request, checkpoint: Path | None = None) -> None:
+    """Print what was asked, and write the files; wrong requests raise ConfigError before anything is predicted."""
+    _check(request, checkpoint)
+    cluster = find_cluster(request.cluster)
+    if request.dollars_per_hour is not None:
+        cluster = cluster.model_copy(update={"dollars_per_hour": request.dollars_per_hour})
+    world = request.devices or request.nodes * cluster.devices_per_node
+    done: Done | None = None
+    if checkpoint:
+        config, done = read_checkpoint(checkpoint, request.settings)
+    else:
+        config = load_config(request.settings[0], request.settings[1:])
+    job = _Job(request, config, cluster, world, done)
+    figures = job.run()
+    if request.json:
+        request.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(request: Request, checkpoint: Path | None) -> None:
+    if not checkpoint and not (request.settings and "=" not in request.settings[0]):
+        raise ConfigError("give a RECIPE, such as recipes/internlm_7b.toml, or a checkpoint with --what-if")
+    if checkpoint and any("=" not in setting for setting in request.settings):
+        raise ConfigError(
+            f"--what-if = {checkpoint} has its own settings, so {request.settings[0]!r} must be left out; to change "
+            "some, add section.field=value"
+        )
+    for option, needed in (("plot", request.plot is not None), ("grow-batch", request.grow_batch)):
+        if needed and not request.scale_to:
+            raise ConfigError(f"--{option} is of the table of --scale; add --scale 4096, say")
+    for option, file in (("--json", request.json), ("--plot", request.plot)):
+        if file is not None:
+            check_writable(option, file)
+    if request.plot and request.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot = {request.plot} must end in .png, .svg or .pdf; choose another name")
+
+
+class _Job:
+    """One request, with everything it needs."""
+
+    def __init__(self, request: Request, config: Config, cluster: Cluster, world: int, done: Done | None) -> None:
+        self.request, self.config, self.cluster, self.world, self.done = request, config, cluster, world, done
+        whole = float(config.train.steps * config.batch.global_sequences * config.data.seq_len)
+        self.tokens = request.tokens or (done.tokens_left(config) if done else whole)
+        self.console = Console()
+
+    def run(self) -> dict[str, Any]:
+        """Print what was asked; return its figures."""
+        if self.request.scale_to:
+            return self.scale()
+        if self.request.search or self.done or self.config.parallel.auto:
+            return self.search()
+        return self.plan()
+
+    def plan(self) -> dict[str, Any]:
+        """Print the plan of the settings as they are."""
+        plan = plan_or_advise(self.config, self.cluster, self.world, self.request.document_tokens)
+        self.console.print(plan_tables(plan, self.tokens))
+        if not plan.fits:
+            self._advise()
+        return plan_figures(plan)
+
+    def search(self) -> dict[str, Any]:
+        """Print the best layouts."""
+        if self.done:
+            for line in resume_lines(self.config, self.done, self.world):
+                self.console.print(line, highlight=False)
+        with Console(stderr=True).status(f"looking through the layouts of {self.world:,} devices"):
+            search = Search(self.config, self.cluster, self.world, self.request.document_tokens)
+            found = search.run(self.request.top)
+        self.console.print(search_tables(found, self.config))
+        self.console.print(run_length(found.best[0][1], self.tokens), highlight=False)
+        self._as_it_is()
+        return search_figures(found, self.config)
+
+    def scale(self) -> dict[str, Any]:
+        """Print the table over numbers of devices, and draw it."""
+        first, request = self.cluster.devices_per_node, self.request
+        if request.scale_to < first:
+            raise ConfigError(f"--scale = {request.scale_to} must be at least a node's {first} devices; choose more")
+        each = self.config.batch.global_sequences / self.world if request.grow_batch else 0.0
+        worlds = doublings(first, request.scale_to)
+        with Console(stderr=True).status("predicting"):
+            points = scale(self.config, self.cluster, worlds, request.document_tokens, each, request.search)
+        self.console.print(scale_table(points, self.tokens))
+        for line in scale_notes(points):
+            self.console.print(line, highlight=False)
+        if request.plot:
+            plot_scale(points, request.plot)
+        return {"points": scale_figures(points)}
+
+    def _as_it_is(self) -> None:
+        """Say how the settings' own layout does."""
+        if self.config.parallel.auto:
+            return
+        try:
+            plan = plan_or_advise(self.config, self.cluster, self.world, self.request.document_tokens)
+        except ConfigError as error:
+            self.console.print(f"The settings' own layout isn't legal here: {error}", highlight=False)
+            return
+        fits = "" if plan.fits else f", and doesn't fit: {plan.memory.bytes / GIB:.1f} GiB"
+        self.console.print(f"The settings' own: {plan.tokens_per_second:,.0f} tokens/s a device{fits}", highlight=False)
+
+    def _advise(self) -> None:
+        changes = cheapest_changes(self.config, self.cluster, self.world, self.request.document_tokens)
+        if not changes:
+            self.console.print("No change of one kind makes it fit; --search looks for several.", highlight=False)
+            return
+        self.console.print("What makes it fit, the fastest first:", highlight=False)
+        for choice, plan in changes:
+            self.console.print(f"  {_said(choice.overrides(choice_of(self.config)), plan)}", highlight=False)
+
+
+def _said(overrides: list[str], plan: Plan) -> str:
+    return f"{' '.join(overrides)}: {plan.tokens_per_second:,.0f} tokens/s a device, {plan.memory.bytes / GIB:.1f} GiB"

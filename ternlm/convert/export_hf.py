@@ -19,6 +19,7 @@ from ternlm.convert.adapt import stretch, with_protocol
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights, overflows
+from ternlm.data import typed
 from ternlm.data.atomic import publish, sync
 from ternlm.data.chat import ChatProtocol
 from ternlm.data.tokenizer import CONFIG_FILE
@@ -119,7 +120,9 @@ def _write_config(model: OpenModel, config: ModelConfig, folder: Path, written: 
     if model.facts.get("chat_template"):
         kind = content["architectures"][0].removesuffix("ForCausalLM")
         code = REMOTE_CODE.read_text(encoding="utf-8").replace("_ARCHITECTURE_", kind)
+        code = code.replace("from ternlm.data.typed import", f"from .{Path(typed.__file__).stem} import")
         (folder / REMOTE_CODE.name).write_text(code, encoding="utf-8")
+        shutil.copyfile(typed.__file__, folder / Path(typed.__file__).name)
         content["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_CODE.stem}.TernForCausalLM"}
     _write_json(folder / "config.json", content)
     _write_json(folder / "generation_config.json", generation)

@@ -130,6 +130,37 @@ def test_files_are_cut_by_size_and_named_in_an_index(tmp_path: Path) -> None:
         open_foreign(tmp_path / "ours")
 
 
+@pytest.mark.parametrize("layout", ["whole", "shards", "shards without index", "pickles"])
+def test_other_programs_files_beside_are_left_alone(layout: str, tmp_path: Path) -> None:
+    """As Mistral's and Llama's folders have them: the same weights by other names, rows of q and k in another order."""
+    model = theirs("mistral")
+    shard_bytes = "5GB" if layout in ("whole", "pickles") else "100KB"
+    model.save_pretrained(tmp_path, max_shard_size=shard_bytes)
+    if layout == "shards without index":
+        (tmp_path / "model.safetensors.index.json").unlink()
+    if layout == "pickles":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    wanted = model(TOKENS).logits
+    for name in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
+        save_file(
+            {"layers.0.attention.wq.weight": torch.ones(3), "tok_embeddings.weight": torch.ones(2)}, tmp_path / name
+        )
+    torch.save({"model.norm.weight": torch.zeros(64)}, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text("{}")
+    check(our_logits(open_foreign(tmp_path), TOKENS), wanted)
+
+
+def test_a_folder_of_other_programs_files_alone_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, whole(), {})
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
+    (tmp_path / "consolidated.00.pth").touch()
+    with pytest.raises(
+        ConvertError, match=r"consolidated\.00\.pth, consolidated\.safetensors alone, .* fetch the model's"
+    ):
+        open_foreign(tmp_path)
+
+
 def test_internlm2_projections_are_taken_apart(tmp_path: Path) -> None:
     config = ModelConfig.model_validate({**SHAPE, "rope_theta": 1e6}, strict=False)
     model = build_model(config)

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,40 @@ def test_what_cannot_be_used_is_refused_by_name(config: dict[str, Any], message:
     write(tmp_path, whole(), config)
     with pytest.raises(ConvertError, match=message):
         open_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eos_token_id", "2"),
+        ("eos_token_id", True),
+        ("eos_token_id", -1),
+        ("eos_token_id", 300),
+        ("eos_token_id", [1, [2]]),
+        ("eos_token_id", [1, "</s>"]),
+        ("eos_token_id", []),
+        ("eos_token_id", {"id": 2}),
+        ("bos_token_id", [1]),
+        ("bos_token_id", 1.0),
+        ("pad_token_id", False),
+        ("pad_token_id", -1),
+    ],
+)
+def test_ids_of_tokens_that_are_none_are_refused(file: str, field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "model_type": "llama"}))
+    told = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps({**told, field: value}))
+    shown = re.escape(f"/{file}: {field} = {value!r} must be a whole number from 0 to 299, an id of")
+    with pytest.raises(ConvertError, match=shown + ".*; correct it, or leave it out"):
+        open_foreign(tmp_path)  # without weights: they aren't looked for before
+
+
+def test_ids_of_tokens_are_taken_over(tmp_path: Path) -> None:
+    write(tmp_path, whole(), {"eos_token_id": [2, 299], "bos_token_id": 0, "pad_token_id": None})
+    assert open_foreign(tmp_path).facts["generation"] == {"eos_token_id": [2, 299]}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "pad_token_id": 0}))
+    assert open_foreign(tmp_path).facts["generation"] == {"eos_token_id": 7, "pad_token_id": 0}
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:

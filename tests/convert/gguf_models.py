@@ -152,8 +152,8 @@ def repack(source, target, kind=None, architecture=None, without=(), extra=(), *
             writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, quantized), raw_dtype=quantized)
         elif tensor.name not in without:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name in extra:
-        writer.add_tensor(name, torch.ones(8).numpy())
+    for name, values in dict(extra).items():
+        writer.add_tensor(name, torch.tensor(values).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

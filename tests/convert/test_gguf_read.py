@@ -133,8 +133,18 @@ def test_a_model_without_tokenizer_is_read(tmp_path):
     ("changes", "message"),
     [
         (dict(architecture="gemma"), "architecture 'gemma' isn't supported"),
-        (dict(extra=["rope_freqs.weight"]), "rope_freqs.weight"),
-        (dict(extra=["blk.0.ffn_gate_inp.weight"]), "has, beyond the model's, blk.0.ffn_gate_inp.weight"),
+        (dict(extra={"rope_freqs.weight": [1.0] * 7}), "rope_freqs.weight of (7,) must be 8 numbers from 1"),
+        (dict(extra={"rope_freqs.weight": [1.0] * 7 + [0.5]}), "must be 8 numbers from 1"),
+        (dict(extra={"rope_freqs.weight": [1.0, 9.0] * 4}), "isn't what Llama 3.1's scaling makes"),
+        (
+            dict(extra={"rope_freqs.weight": [1.0] * 7 + [8.0]}, llama__rope__scaling__type="yarn"),
+            "rope_freqs.weight in the architecture llama with rope scaling 'yarn'",
+        ),
+        (
+            dict(extra={"rope_freqs.weight": [1.0] * 7 + [8.0]}, architecture="qwen2"),
+            "in the architecture qwen2 with",
+        ),
+        (dict(extra={"blk.0.ffn_gate_inp.weight": [1.0] * 8}), "has, beyond the model's, blk.0.ffn_gate_inp.weight"),
         (dict(without=["blk.1.attn_norm.weight"]), "misses model.layers.1.input_layernorm.weight"),
         (dict(without=["token_embd.weight"]), "is it a language model"),
         (dict(llama__expert_count=8), "mixture of experts"),
@@ -152,7 +162,7 @@ def test_a_model_without_tokenizer_is_read(tmp_path):
 )
 def test_what_cant_be_read_is_refused(tmp_path, plain, changes, message):
     path = repack(plain[0], tmp_path / "model.gguf", **changes)
-    with pytest.raises(ConvertError, match=message.replace("(", r"\(")) as error:
+    with pytest.raises(ConvertError, match=message.replace("(", r"\(").replace(")", r"\)")) as error:
         open_gguf(path)
     assert str(path) in str(error.value)
 

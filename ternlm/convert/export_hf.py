@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
-from ternlm.convert.adapt import stretch, with_protocol
+from ternlm.convert.adapt import stretch, tell_shortened, with_protocol
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights, overflows
@@ -49,6 +49,7 @@ def export_hf(
     check_weights(model.path, model.config, model.weights)
     if chat is not None:
         model = with_protocol(model, chat)
+    tell_shortened(model, out, write_hf_config(config)["max_position_embeddings"])
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

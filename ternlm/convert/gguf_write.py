@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
-from ternlm.convert.adapt import stretch, with_protocol
+from ternlm.convert.adapt import stretch, tell_shortened, with_protocol
 from ternlm.convert.gguf_file import gguf_package
 from ternlm.convert.gguf_names import INTERLEAVED, gguf_name, is_rotated, rows_to_interleaved
 from ternlm.convert.gguf_rope import ROPE_FACTORS, rope_factors, write_scaling
@@ -36,7 +36,9 @@ def export_gguf(
     """Write a model as `write_gguf` does, with another stretch of the context or a chat protocol, as `export_hf`."""
     if out.exists():
         raise ConvertError(f"{out}: exists already; choose another file, or remove it")
-    model = replace(model, config=stretch(model.config, rope, max_length))
+    config = stretch(model.config, rope, max_length)
+    tell_shortened(model, out, config.max_position_embeddings)
+    model = replace(model, config=config)
     write_gguf(with_protocol(model, chat) if chat else model, out, "float16" if dtype == "keep" else dtype)
 
 

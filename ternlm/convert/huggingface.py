@@ -42,7 +42,13 @@ def open_hf(folder: Path) -> OpenModel:
         )
     weights = Renamed(own, _origin(config, own, content["model_type"], folder))
     check_weights(folder, config, weights)
-    return OpenModel(folder, config, weights, _tokenizer(folder), _facts(folder, content) | {"generation": generation})
+    return OpenModel(
+        folder,
+        config,
+        weights,
+        _tokenizer(folder),
+        _facts(folder, content, config.max_position_embeddings) | {"generation": generation},
+    )
 
 
 def _origin(config: ModelConfig, own: Weights, family: str, folder: Path) -> dict[str, str | Derived]:
@@ -108,8 +114,12 @@ def _generation(folder: Path, content: dict[str, Any], config: ModelConfig) -> d
     return generation
 
 
-def _facts(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"source": {"format": "hf", "model_type": content["model_type"]}}
+def _facts(folder: Path, content: dict[str, Any], context: int) -> dict[str, Any]:
+    source: dict[str, Any] = {"format": "hf", "model_type": content["model_type"]}
+    named = content.get("max_position_embeddings")
+    if isinstance(named, int) and named > context:
+        source["context"] = named  # over which its attention doesn't see everything
+    facts: dict[str, Any] = {"source": source}
     template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file():
         facts["chat_template"] = template.read_text(encoding="utf-8", errors="replace")

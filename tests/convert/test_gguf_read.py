@@ -18,12 +18,12 @@ from gguf_models import (
     small_tokenizer,
     smollm2,
 )
+from in_memory import greedy
 
 from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.gguf_write import write_gguf
 from ternlm.convert.weights import ConvertError, cut
 from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
 
 PROMPT = [5, 77, 300, 12, 5, 8, 190, 222, 45, 99, 100, 7]
 QUANTIZED = ["Q8_0", "Q4_0", "Q4_1"]
@@ -220,6 +220,6 @@ def test_a_real_model_knows_the_capital_of_france():
     model = open_gguf(smollm2())
     end = model.tokenizer.id_of("<|im_end|>")
     assert model.facts["generation"]["eos_token_id"] == [end]
-    params = SamplingParams(max_new_tokens=20, temperature=0, stop_ids=frozenset({end}))
+    params = greedy(20, [end])
     (answer,) = generate(built(model), [question(model.tokenizer)], params)
     assert model.tokenizer.decode(answer) == "The capital of France is Paris."

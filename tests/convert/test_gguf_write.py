@@ -14,7 +14,6 @@ from gguf_models import (
     TEXT,
     TEXTS,
     LlamaCpp,
-    MemoryWeights,
     built,
     largest_difference,
     next_logprobs,
@@ -25,6 +24,7 @@ from gguf_models import (
     small_tokenizer,
     smollm2,
 )
+from in_memory import Held
 
 from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.gguf_write import write_gguf
@@ -185,7 +185,7 @@ def test_the_library_says_nothing_of_a_good_file_and_other_loggers_are_left_alon
 def test_one_tensor_at_a_time_is_held(tmp_path):
     held, most = set(), [0]
 
-    class Watched(MemoryWeights):
+    class Watched(Held):
         def read(self, name, offset=None, shape=None):
             tensor = self.tensors[name].clone()
             held.add(name)

@@ -22,10 +22,14 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "made"))
+
+from in_memory import Ones
+
 from ternlm.config.model import ModelConfig, RopeScaling
 from ternlm.convert.export_hf import export_hf
 from ternlm.convert.huggingface import open_hf
-from ternlm.convert.weights import OpenModel, model_shapes
+from ternlm.convert.weights import OpenModel
 from ternlm.data.chat import PROTOCOLS, encode_chat, render
 from ternlm.data.tokenizer import load_tokenizer
 from ternlm.model.rope import rope_tables
@@ -107,23 +111,7 @@ def tiny(tokenizer: Path, protocol: str, kind: str) -> OpenModel:
         max_position_embeddings=256,
         rope_scaling=RopeScaling.model_validate({"kind": kind, **SCALINGS[kind]}),
     )
-    return OpenModel(tokenizer, config, Zeros(config), fitted)
-
-
-class Zeros:
-    """Weights that nobody looks at."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = model_shapes(config)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str, offset: Any = None, shape: Any = None) -> torch.Tensor:
-        return torch.zeros(self._shapes[name] if shape is None else shape)
+    return OpenModel(tokenizer, config, Ones(config), fitted)
 
 
 def read_by_lmdeploy(python: str, folder: Path) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def _write_weights(model: OpenModel, folder: Path, dtype: torch.dtype | None, sh
         placed.append(list(tensors))
         total += sum(tensor.nbytes for tensor in tensors.values())
         dtypes |= {tensor.dtype for tensor in tensors.values()}
+        del tensors  # let go of it before the next one is read
     names = [f"model-{i:05d}-of-{len(placed):05d}.safetensors" for i in range(1, len(placed) + 1)]
     if len(placed) == 1:
         names = ["model.safetensors"]

@@ -163,14 +163,7 @@ def generate(
     from ternlm.infer.text import generate_texts, stop_ids, stream_text
     from ternlm.train.models import loaded
 
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     with loaded(model, device, dtype) as (opened, network):
         tokenizer = opened.tokenizer
         assert tokenizer is not None  # `loaded` has seen to it
@@ -212,14 +205,7 @@ def chat(
     from ternlm.infer.terminal import talk
     from ternlm.train.models import loaded
 
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     with loaded(model, device, dtype) as (opened, network):
         talk(start_chat(opened, network, params, protocol, system))
 

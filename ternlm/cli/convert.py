@@ -48,13 +48,12 @@ def export_model(
     ] = None,
 ) -> None:
     """Write a model for other programs."""
-    from ternlm.convert.detect import find_model
     from ternlm.convert.export_hf import export_hf
     from ternlm.convert.gguf_write import export_gguf
     from ternlm.data.chat import PROTOCOLS
     from ternlm.train.models import open_model
 
-    opened, protocol = open_model(find_model(model)), PROTOCOLS[chat] if chat else None
+    opened, protocol = open_model(model), PROTOCOLS[chat] if chat else None
     if to == "hf":
         export_hf(opened, out, dtype, rope, max_length, int(shard_gb * 10**9), protocol)
     else:
@@ -80,8 +79,7 @@ def import_foreign(
     ] = "equal",
 ) -> None:
     """Make a checkpoint of another program's model, for load.from, generate and export."""
-    from ternlm.convert.detect import find_model
     from ternlm.train.models import import_model
 
-    model = import_model(find_model(source), out, tokenizer, heads, norms)
+    model = import_model(source, out, tokenizer, heads, norms)
     typer.echo(f"{out}: a checkpoint of {model.config.num_params:,} parameters")

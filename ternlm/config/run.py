@@ -22,7 +22,11 @@ from ternlm.config.training import (
 class LoadConfig(Section):
     """Weights to start from; a resumed run ignores it."""
 
-    checkpoint: str | None = setting(None, "run or checkpoint folder whose weights a new run starts from", alias="from")
+    checkpoint: str | None = setting(
+        None,
+        "what a new run's weights are taken from: a run, a checkpoint, or a model of another format, by path or name",
+        alias="from",
+    )
 
 
 class Config(Section):

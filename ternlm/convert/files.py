@@ -19,21 +19,36 @@ from ternlm.convert.weights import ConvertError, Weights, cut
 def open_files(folder: Path) -> Weights:
     """Return the tensors of a folder, from its safetensors files if it has any; raises ConvertError.
 
-    Where an index names the files, only those are read; else one whole file, or all that there are.
+    Where an index names the files, only those are read; else one whole file, or all that there are. Meta's and
+    Mistral's own files (consolidated*), which some folders hold beside, have other names and orders: left alone.
     """
-    found = _named(folder, "model.safetensors", "*.safetensors")
+    found = _named(folder, "model.safetensors", "model*.safetensors", "*.safetensors")
     if found:
         return _Safetensors(folder, found)
     found = _named(folder, "pytorch_model.bin", "pytorch_model*.bin")
     if found:
         return _Pickles(folder, found)
+    others = sorted(path.name for path in folder.glob("consolidated*"))
+    if others:
+        raise ConvertError(
+            f"{folder}: of weights it holds {', '.join(others)} alone, which is not Hugging Face's format; fetch the "
+            "model's *.safetensors, too"
+        )
     raise ConvertError(f"{folder}: holds neither *.safetensors nor pytorch_model*.bin; fetch the model's weights")
 
 
-def _named(folder: Path, whole: str, pattern: str) -> list[Path]:
+def _named(folder: Path, whole: str, *patterns: str) -> list[Path]:
+    """Return the files that the index names, or the whole one, or all of the first pattern that there are any of."""
     if (folder / f"{whole}.index.json").is_file():
         return sorted({folder / Path(name).name for name in _index(folder, whole).values()})
-    return [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(pattern))
+    if (folder / whole).is_file():
+        return [folder / whole]
+    found = ([path for path in sorted(folder.glob(each)) if not _is_other(path)] for each in patterns)
+    return next((files for files in found if files), [])
+
+
+def _is_other(path: Path) -> bool:
+    return path.name.startswith(("consolidated", "adapter_model"))
 
 
 def _index(folder: Path, whole: str) -> dict[str, str]:

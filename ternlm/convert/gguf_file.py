@@ -4,6 +4,7 @@ It knows nothing of models. The header is parsed here, since the `gguf` package'
 vocabulary; the types' sizes and dequantization are that package's.
 """
 
+import logging
 import mmap
 import struct
 from dataclasses import dataclass
@@ -81,12 +82,18 @@ class GgufFile:
 
 
 def gguf_package() -> ModuleType:
-    """Return the `gguf` package. Raises ConvertError where it isn't installed."""
+    """Return the `gguf` package, warnings of which are logged, and nothing less, unless its logger's level is set.
+
+    Raises ConvertError where it isn't installed.
+    """
     try:
         import gguf
         import gguf.quants
     except ImportError as trouble:
         raise ConvertError(f"GGUF files need the package gguf ({trouble}); pip install 'ternlm[hf]'") from trouble
+    own = logging.getLogger(gguf.__name__)
+    if own.level == logging.NOTSET:  # it tells of each file what we tell, too
+        own.setLevel(logging.WARNING)
     return gguf
 
 

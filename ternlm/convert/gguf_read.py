@@ -3,7 +3,6 @@
 The container is `gguf_file`'s business, the vocabulary `gguf_tokenizer`'s.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ternlm.config.model import ModelConfig, RopeScaling
+from ternlm.config.model import ModelConfig
 from ternlm.convert.gguf_file import GgufFile, read_gguf_file
 from ternlm.convert.gguf_names import INTERLEAVED, gguf_name, is_rotated, rows_from_interleaved
+from ternlm.convert.gguf_rope import ROPE_FACTORS, decimal, read_scaling
 from ternlm.convert.gguf_tokenizer import read_tokenizer, stop_ids
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights, cut, model_shapes
 
@@ -45,7 +45,7 @@ class GgufWeights:
             elif name.endswith("o_proj.bias"):  # Qwen2 has biases on q, k and v alone
                 self._shapes[name] = shape
                 self._absent.add(name)
-        unknown = file.tensors.keys() - {gguf_name(name) for name in ours}
+        unknown = file.tensors.keys() - {gguf_name(name) for name in ours} - {ROPE_FACTORS}
         self._shapes |= {name: file.tensors[name].shape for name in sorted(unknown)}
 
     def names(self) -> Sequence[str]:
@@ -102,9 +102,9 @@ def _read_config(file: GgufFile) -> ModelConfig:
             attention_bias="blk.0.attn_q.bias" in tensors,
             qk_norm="blk.0.attn_q_norm.weight" in tensors,
             tie_word_embeddings="output.weight" not in tensors,
-            rms_norm_eps=_decimal(metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)),
-            rope_theta=_decimal(metadata.get(f"{architecture}.rope.freq_base", 10000.0)),
-            rope_scaling=_read_scaling(file, architecture, context),
+            rms_norm_eps=decimal(metadata.get(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)),
+            rope_theta=decimal(metadata.get(f"{architecture}.rope.freq_base", 10000.0)),
+            rope_scaling=read_scaling(file, head, context),
             max_position_embeddings=context,
         )
     except ValidationError as trouble:
@@ -121,39 +121,11 @@ def _refuse_unsupported(file: GgufFile, architecture: str) -> None:
         )
         > 1,
         "it is a mixture of experts, which isn't supported": metadata.get(f"{architecture}.expert_count", 0) > 0,
-        "it has a rotary factor per frequency (rope_freqs.weight, as Llama 3.1), which isn't supported; take a model "
-        "without": "rope_freqs.weight" in file.tensors,
         "it has no token_embd.weight; is it a language model?": "token_embd.weight" not in file.tensors,
     }
     for problem, there in problems.items():
         if there:
             raise ConvertError(f"{file.path}: {problem}")
-
-
-def _read_scaling(file: GgufFile, architecture: str, context: int) -> RopeScaling:
-    prefix = f"{architecture}.rope.scaling."
-    told = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    factor = _decimal(told.get("factor") or file.metadata.get(f"{architecture}.rope.scale_linear") or 1.0)
-    kind = told.get("type", "none" if factor == 1 else "linear")
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return RopeScaling()
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
-    odd = told.get("yarn_log_multiplier", 0) != 0 or told.get("yarn_ext_factor", 1) != 1
-    if kind != "yarn" or odd:
-        raise ConvertError(
-            f"{file.path}: rope scaling {kind!r} isn't supported like this ({told}); linear and yarn are"
-        )
-    original = int(told.get("original_context_length", context))
-    stretch = told.get("attn_factor", 1.0)
-    return RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_max_position_embeddings=None if original == context else original,
-        beta_fast=_decimal(told.get("yarn_beta_fast", 32.0)),
-        beta_slow=_decimal(told.get("yarn_beta_slow", 1.0)),
-        attention_factor=None if stretch == 1 else _decimal(stretch * (0.1 * math.log(factor) + 1)),
-    )
 
 
 def _count(file: GgufFile, key: str, default: int | None = None) -> int:
@@ -166,11 +138,6 @@ def _count(file: GgufFile, key: str, default: int | None = None) -> int:
         what = "missing" if value is None else f"{value}"
         raise ConvertError(f"{file.path}: {key} is {what}, and must be a number above 0, the same for all layers")
     return value
-
-
-def _decimal(value: float) -> float:
-    """Return the number that was meant by a float32: 1e-05 for 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _read_facts(metadata: Mapping[str, Any]) -> dict[str, Any]:

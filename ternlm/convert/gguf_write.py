@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
-from ternlm.convert.adapt import stretch, with_protocol
+from ternlm.convert.adapt import stretch, tell_shortened, with_protocol
 from ternlm.convert.gguf_file import gguf_package
 from ternlm.convert.gguf_names import INTERLEAVED, gguf_name, is_rotated, rows_to_interleaved
+from ternlm.convert.gguf_rope import ROPE_FACTORS, rope_factors, write_scaling
 from ternlm.convert.gguf_tokenizer import vocabulary_of, write_tokenizer
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights, model_shapes, overflows
 from ternlm.data.atomic import publish, sync, temporary_path
@@ -35,7 +36,9 @@ def export_gguf(
     """Write a model as `write_gguf` does, with another stretch of the context or a chat protocol, as `export_hf`."""
     if out.exists():
         raise ConvertError(f"{out}: exists already; choose another file, or remove it")
-    model = replace(model, config=stretch(model.config, rope, max_length))
+    config = stretch(model.config, rope, max_length)
+    tell_shortened(model, out, config.max_position_embeddings)
+    model = replace(model, config=config)
     write_gguf(with_protocol(model, chat) if chat else model, out, "float16" if dtype == "keep" else dtype)
 
 
@@ -56,6 +59,9 @@ def write_gguf(model: OpenModel, out: Path, dtype: str = "float16") -> None:
     try:
         _write_metadata(gguf, writer, model, out, _DTYPES[dtype])
         shapes = model_shapes(config)
+        factors = rope_factors(config)
+        if factors is not None:
+            writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         for name, shape in shapes.items():
             kind = _dtype_of(shape, _DTYPES[dtype])
             width = np.dtype(np.float32 if kind is torch.float32 else np.uint16)
@@ -64,6 +70,8 @@ def write_gguf(model: OpenModel, out: Path, dtype: str = "float16") -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
         for tensor in _tensors(model, shapes, _DTYPES[dtype]):
             writer.write_tensor_data(tensor)
         writer.close()
@@ -87,10 +95,10 @@ def _check(model: OpenModel) -> None:
             f"{model.path}: rope_scaling.kind = 'dynamic' can't be said in GGUF, nor done by llama.cpp; set it to "
             "'yarn', 'linear' or 'default' for the export"
         )
-    if config.rope_scaling.kind == "llama3":
+    if config.rope_scaling.kind == "llama3" and _architecture(config) != "llama":
         raise ConvertError(
-            f"{model.path}: rope_scaling.kind = 'llama3' isn't written to GGUF; export the model as a Hugging Face "
-            "folder, which llama.cpp's own converter takes"
+            f"{model.path}: rope_scaling.kind = 'llama3' together with norms of q and k (qk_norm) can't be said in "
+            "GGUF; export the model as a Hugging Face folder"
         )
     if (config.rope_scaling.beta_fast, config.rope_scaling.beta_slow) != (32, 1):
         raise ConvertError(
@@ -122,7 +130,7 @@ def _write_metadata(gguf: Any, writer: Any, model: OpenModel, out: Path, dtype: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
-    _write_scaling(gguf, writer, config)
+    write_scaling(gguf, writer, config)
     if model.tokenizer is None:
         writer.add_tokenizer_model("none")
     else:
@@ -130,19 +138,6 @@ def _write_metadata(gguf: Any, writer: Any, model: OpenModel, out: Path, dtype: 
         write_tokenizer(writer, vocabulary, model.tokenizer, facts.get("generation") or {})
     if facts.get("chat_template"):
         writer.add_chat_template(facts["chat_template"])
-
-
-def _write_scaling(gguf: Any, writer: Any, config: ModelConfig) -> None:
-    scaling = config.rope_scaling
-    if scaling.kind == "default":
-        return
-    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
-    writer.add_rope_scaling_factor(scaling.factor)
-    if scaling.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(config.rope_original_length)
-        if scaling.attention_factor is not None:  # there it is a factor on the usual one
-            usual = 0.1 * math.log(scaling.factor) + 1
-            writer.add_rope_scaling_attn_factors(scaling.attention_factor / usual)
 
 
 def _dtype_of(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:

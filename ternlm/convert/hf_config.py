@@ -70,6 +70,22 @@ def _read(content: dict[str, Any], path: Path) -> ModelConfig:
         raise ConvertError(f"{path}: {what}: {first['msg']}; fetch the file again") from trouble
 
 
+def check_token_ids(content: dict[str, Any], path: Path, vocab_size: int) -> None:
+    """Raise ConvertError unless the ids of tokens that `content`, a file at `path`, names are of the vocabulary.
+
+    Each of `bos_token_id`, `eos_token_id` and `pad_token_id` is an id, or null, or missing; eos may be a list of ids.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(name)
+        ids = value if name == "eos_token_id" and isinstance(value, list) and value else [value]
+        if value is not None and not all(type(index) is int and 0 <= index < vocab_size for index in ids):
+            several = ", or a list of such" if name == "eos_token_id" else ""
+            raise ConvertError(
+                f"{path}: {name} = {value!r} must be a whole number from 0 to {vocab_size - 1}, an id of the model's "
+                f"vocabulary{several}; correct it, or leave it out"
+            )
+
+
 def write_hf_config(model: ModelConfig) -> dict[str, Any]:
     """Return the `config.json` of a model as native Llama, or Qwen3 where heads of q and k are normed.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ternlm.config.model import ModelConfig
 from ternlm.convert.files import open_files, read_json
-from ternlm.convert.hf_config import read_hf_config
+from ternlm.convert.hf_config import check_token_ids, read_hf_config
 from ternlm.convert.weights import ConvertError, Derived, OpenModel, Renamed, Weights, check_weights, model_shapes
 from ternlm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -33,6 +33,7 @@ def open_hf(folder: Path) -> OpenModel:
     """Open a folder with a `config.json`; raises ConvertError where it, or a tensor, isn't one that we can use."""
     content = read_json(folder / "config.json")
     config = read_hf_config(content, folder / "config.json")
+    generation = _generation(folder, content, config)
     own = open_files(folder)
     if config.num_hidden_layers > len(own.names()):
         raise ConvertError(
@@ -41,7 +42,13 @@ def open_hf(folder: Path) -> OpenModel:
         )
     weights = Renamed(own, _origin(config, own, content["model_type"], folder))
     check_weights(folder, config, weights)
-    return OpenModel(folder, config, weights, _tokenizer(folder), _facts(folder, content))
+    return OpenModel(
+        folder,
+        config,
+        weights,
+        _tokenizer(folder),
+        _facts(folder, content, config.max_position_embeddings) | {"generation": generation},
+    )
 
 
 def _origin(config: ModelConfig, own: Weights, family: str, folder: Path) -> dict[str, str | Derived]:
@@ -96,12 +103,23 @@ def _tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder) if there else None
 
 
-def _facts(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"source": {"format": "hf", "model_type": content["model_type"]}}
-    generation = folder / "generation_config.json"
-    facts["generation"] = read_json(generation) if generation.is_file() else {}
-    if "eos_token_id" not in facts["generation"] and content.get("eos_token_id") is not None:
-        facts["generation"] |= {"eos_token_id": content["eos_token_id"]}
+def _generation(folder: Path, content: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Return the generation settings: their own file's, and the end token of config.json where that has none."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    check_token_ids(content, folder / "config.json", config.vocab_size)
+    check_token_ids(generation, path, config.vocab_size)
+    if "eos_token_id" not in generation and content.get("eos_token_id") is not None:
+        generation |= {"eos_token_id": content["eos_token_id"]}
+    return generation
+
+
+def _facts(folder: Path, content: dict[str, Any], context: int) -> dict[str, Any]:
+    source: dict[str, Any] = {"format": "hf", "model_type": content["model_type"]}
+    named = content.get("max_position_embeddings")
+    if isinstance(named, int) and named > context:
+        source["context"] = named  # over which its attention doesn't see everything
+    facts: dict[str, Any] = {"source": source}
     template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file():
         facts["chat_template"] = template.read_text(encoding="utf-8", errors="replace")

@@ -1,7 +1,7 @@
 """Conversations to text and ids: the one place where a chat protocol is defined.
 
 A protocol is a Jinja template, as exported tokenizers carry it, and the tokens that end an answer. What a user types
-can't become a special token: `encode_chat` sees to it.
+can't become a special token: `encode_chat` sees to it, by `typed`.
 """
 
 import json
@@ -114,45 +114,19 @@ def encode_chat(
     """Return the ids of a conversation.
 
     Special tokens are those of the template alone: in what people typed, they are encoded as the plain text that they
-    look like. Otherwise the ids are those of the whole text at once, as transformers gives them.
+    look like. Otherwise the ids are those of the whole text at once, as transformers gives them; a model's thoughts and
+    calls of tools (<think>, <tool_call>) are tokens in its own turns. Raises DataError as `render`.
     """
-    parts = split_typed(template, messages, add_generation_prompt, tokenizer)
-    text = render(template, messages, add_generation_prompt, tokenizer)
-    markup = [token for part, typed in parts if not typed for token in tokenizer.markup_in(part)]
-    if (
-        not any(tokenizer.has_markup(message["content"]) for message in messages)
-        and tokenizer.markup_in(text) == markup
-    ):
-        return tokenizer.encode_markup(text)
-    if "".join(part for part, _ in parts) != text:  # a template that trims, mostly
-        parts = [(part.strip() if typed else part, typed) for part, typed in parts]
-    ids: list[int] = []
-    for part, typed in parts:
-        ids += tokenizer.encode_typed(part) if typed else tokenizer.encode_markup(part)
-    return ids
 
+    def rendered(conversation: Sequence[Message]) -> str:
+        return render(template, conversation, add_generation_prompt, tokenizer)
 
-def split_typed(
-    template: str, messages: Sequence[Message], add_generation_prompt: bool, tokenizer: Tokenizer | None = None
-) -> list[tuple[str, bool]]:
-    """Cut a conversation's text where the template's own and the messages' meet: (text, whether typed), in order.
-
-    Raises DataError where the template doesn't put each content in just once, so that they can't be told apart.
-    """
-    # Content that nothing else looks like; templates that trim it or ask for its ends see a letter there.
-    marks = [f"x\ue000{number}\ue001x" for number in range(len(messages))]
-    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = render(template, marked, add_generation_prompt, tokenizer)
-    if any(rest.count(mark) != 1 for mark in marks):
-        raise DataError(
-            "the chat template leaves out, changes or repeats what messages say, so that special tokens in them can't "
-            "be told from its own; use a template that puts each content in once"
-        )
-    parts: list[tuple[str, bool]] = []
-    for number in sorted(range(len(marks)), key=lambda number: rest.index(marks[number])):
-        before, _, rest = rest.partition(marks[number])
-        parts += [(before, False), (messages[number]["content"], True)]
-    return [*parts, (rest, False)]
+    try:
+        return tokenizer.chat_encoder.encode(messages, rendered, tokenizer.encode_markup)
+    except DataError:
+        raise
+    except ValueError as trouble:
+        raise DataError(str(trouble)) from trouble
 
 
 @lru_cache(maxsize=8)

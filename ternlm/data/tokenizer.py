@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from ternlm.data.atomic import write_atomically
 from ternlm.data.errors import DataError
 from ternlm.data.sentencepiece import SPACE, build_bpe, parse_model
+from ternlm.data.typed import ChatEncoder
 
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-_CUT = "\ue002"  # a private character
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
 _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
 # Words with the sign before them, digits by threes, runs of signs, line ends and the blanks before them, blanks.
@@ -67,14 +66,9 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return [added[index].content for index in self.encode_markup(text) if index in added]
 
-    def has_markup(self, text: str) -> bool:
-        """Whether a text holds what looks like a special or added token."""
-        return self._added_pattern.search(text) is not None
-
     def encode_typed(self, text: str) -> list[int]:
         """Encode what somebody typed: no special or added token, whatever the text looks like."""
-        found = self._added_pattern.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)
-        return [index for part in found.split(_CUT) for index in self.encode(part)]
+        return self.chat_encoder.encode_typed(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode plain texts; with TOKENIZERS_PARALLELISM=false in one thread, else in many."""
@@ -157,9 +151,9 @@ class Tokenizer:
         return backend
 
     @cached_property
-    def _added_pattern(self) -> re.Pattern[str]:
-        added = sorted((token.content for token in self._backend.get_added_tokens_decoder().values()), reverse=True)
-        return re.compile("|".join(re.escape(content) for content in added if len(content) > 1) or r"(?!)")
+    def chat_encoder(self) -> ChatEncoder:
+        """What encodes conversations, keeping what was typed from becoming a token."""
+        return ChatEncoder(self._text)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ternlm.config.model import ModelConfig
+from ternlm.config.model import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig, length: int | Tensor, device: torch.device) -> tuple[Tensor, float]:
@@ -26,7 +26,7 @@ def rope_frequencies(config: ModelConfig, length: int | Tensor, device: torch.de
     if scaling.kind == "yarn":
         return _yarn(config, frequencies)
     if scaling.kind == "llama3":
-        return _llama3(config, frequencies), 1.0
+        return frequencies * llama3_shares(scaling, config.rope_original_length, frequencies), 1.0
     return frequencies, 1.0
 
 
@@ -44,6 +44,17 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head by its position; cos and sin as from `rope_tables`."""
     first, second = x_BTNH.chunk(2, dim=-1)
     return x_BTNH * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def llama3_shares(scaling: RopeScaling, trained: int, frequencies: Tensor) -> Tensor:
+    """Return what Llama 3.1's scaling multiplies each unscaled frequency with, for `trained` tokens (arXiv 2407.21783).
+
+    Low frequencies are divided by the factor, high ones kept, and those between go evenly from one to the other.
+    """
+    rotations = trained * frequencies / (2 * math.pi)  # over the trained length
+    kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept + (1 - kept) / scaling.factor
 
 
 def _dynamic_theta(config: ModelConfig, length: int | Tensor) -> float | Tensor:
@@ -71,12 +82,3 @@ def _yarn(config: ModelConfig, frequencies: Tensor) -> tuple[Tensor, float]:
     if scale is None:
         scale = 0.1 * math.log(scaling.factor) + 1.0
     return mixed, scale
-
-
-def _llama3(config: ModelConfig, frequencies: Tensor) -> Tensor:
-    """Divide low frequencies by the factor, keep high ones, and go evenly from one to the other (arXiv 2407.21783)."""
-    scaling, trained = config.rope_scaling, config.rope_original_length
-    rotations = trained * frequencies / (2 * math.pi)  # over the trained length
-    kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)

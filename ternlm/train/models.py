@@ -28,11 +28,12 @@ from ternlm.train.precision import autocast, choose_device, choose_dtype
 logger = logging.getLogger(__name__)
 
 
-def open_model(path: Path) -> OpenModel:
-    """Open a run's newest checkpoint, a checkpoint, or a model of another format.
+def open_model(model: str | Path) -> OpenModel:
+    """Open a run's newest checkpoint, a checkpoint, or a model of another format, as `find_model` finds it.
 
     Raises CheckpointError or ConvertError, which say what to do.
     """
+    path = find_model(model)
     if is_foreign(path):
         return open_foreign(path)
     folder = find_checkpoint(path)
@@ -49,7 +50,7 @@ def loaded(name: str, device: str = "auto", dtype: str = "auto") -> Iterator[tup
     device, dtype: as `compute.device` and `compute.dtype`. Raises ConfigError where the model has no tokenizer, before
     its weights are read.
     """
-    opened = open_model(find_model(name))
+    opened = open_model(name)
     if opened.tokenizer is None:
         raise ConfigError(f"{name}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
     place = choose_device(device)
@@ -60,13 +61,14 @@ def loaded(name: str, device: str = "auto", dtype: str = "auto") -> Iterator[tup
 
 
 def import_model(
-    source: Path, out: Path, tokenizer: Path | None = None, heads: int | None = None, norms: Norms = "equal"
+    source: str | Path, out: Path, tokenizer: Path | None = None, heads: int | None = None, norms: Norms = "equal"
 ) -> OpenModel:
     """Write a model of another format as a checkpoint that `load.from` and `tern generate` take; return it.
 
-    tokenizer: where the source has none, or another one is wanted. heads, norms: as for `open_internlm`.
+    source: as for `find_model`. tokenizer: where the source has none, or another one is wanted. heads, norms: as for
+    `open_internlm`.
     """
-    model = open_foreign(source, heads, norms)
+    model = open_foreign(find_model(source), heads, norms)
     if tokenizer is not None:
         model = _with_tokenizer(model, load_tokenizer(tokenizer), tokenizer)
     state = {

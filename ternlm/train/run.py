@@ -22,6 +22,8 @@ from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
 from ternlm.config import Config, DataConfig, diff, load_config, render
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
+from ternlm.convert.detect import find_model
+from ternlm.convert.weights import OpenModel
 from ternlm.data.loader import Loader, ValidationBatches, validation_batches
 from ternlm.data.shards import MANIFEST
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -112,9 +114,10 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
     resume: "auto" goes on from the newest complete checkpoint in `config.out` if there is one; "never" starts anew and
     refuses a folder that holds checkpoints; anything else is the run's or checkpoint's folder to go on from.
     restarted: the same command was started before, so that what it has saved since comes first, whatever `resume` is.
-    Raises ConfigError, DataError or CheckpointError before the first step.
+    Raises ConfigError, DataError, ConvertError or CheckpointError before the first step.
     """
     checkpoint = _checkpoint_to_resume(Path(config.out), resume, restarted)
+    source = find_model(config.load.checkpoint) if config.load.checkpoint and not checkpoint else None
     if mesh is None:
         resolve_layout(config, 1)
         mesh = one_rank(choose_device(config.compute.device))
@@ -134,8 +137,8 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
         _check_is_run(checkpoint)
         check_same_model(checkpoint, config.model, fingerprint)
         _check_same_optimizer(checkpoint, config)
-    elif config.load.checkpoint:
-        start = open_start(Path(config.load.checkpoint), config.model, fingerprint)
+    elif source:
+        start = open_start(source, config.model, fingerprint)
     dtype = choose_dtype(config.compute, device)
     warn_of_slow_attention(device, dtype)
     laid_out = build_laid_out(config, mesh, dtype, compile_blocks)
@@ -159,13 +162,18 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
     )
     if checkpoint:
         _resume(run, checkpoint)
-    elif config.load.checkpoint:
-        if start is None:
-            load_weights(pieces, Path(config.load.checkpoint), mesh)
-        else:
-            fill_pieces_from(pieces, start.weights)
-        logger.info("weights from %s", config.load.checkpoint)
+    elif source:
+        _start_from(source, start, pieces, mesh)
     return run
+
+
+def _start_from(source: Path, start: OpenModel | None, pieces: list[Piece], mesh: Mesh) -> None:
+    """Fill the parameters from a checkpoint of ours, or from a model of another format that is open."""
+    if start is None:
+        load_weights(pieces, source, mesh)
+    else:
+        fill_pieces_from(pieces, start.weights)
+    logger.info("weights from %s", source)
 
 
 def find_tokenizer(data: DataConfig) -> Tokenizer | None:

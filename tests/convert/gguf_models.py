@@ -9,10 +9,11 @@ import gguf
 import gguf.quants
 import pytest
 import torch
+from in_memory import Held
 
 from ternlm.config.model import ModelConfig
 from ternlm.convert.fill import fill_model
-from ternlm.convert.weights import OpenModel, cut, model_shapes
+from ternlm.convert.weights import OpenModel, model_shapes
 from ternlm.data.tokenizer import Tokenizer, train_bpe
 from ternlm.infer.cache import KVCache
 from ternlm.model.decoder import build_empty_model
@@ -34,22 +35,6 @@ FAMILIES = {
     "gqa-tied": dict(tie_word_embeddings=True),
     "qk-norm": dict(qk_norm=True, head_dim=32),
 }
-
-
-class MemoryWeights:
-    """As `Weights`: tensors in memory."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    def names(self):
-        return list(self.tensors)
-
-    def shape(self, name):
-        return tuple(self.tensors[name].shape)
-
-    def read(self, name, offset=None, shape=None):
-        return cut(self.tensors[name], offset, shape)
 
 
 def small_config(**settings):
@@ -74,7 +59,7 @@ def random_model(config, tokenizer=None, dtype=torch.float32, **facts) -> OpenMo
         scale = 0.3 if len(shape) == 1 else shape[-1] ** -0.5
         values = values * scale + (1.0 if "norm" in name else 0.0)
         tensors[name] = values.to(dtype)
-    return OpenModel(Path("random"), config, MemoryWeights(tensors), tokenizer, facts)
+    return OpenModel(Path("random"), config, Held(tensors), tokenizer, facts)
 
 
 def built(model: OpenModel):
@@ -152,8 +137,8 @@ def repack(source, target, kind=None, architecture=None, without=(), extra=(), *
             writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, quantized), raw_dtype=quantized)
         elif tensor.name not in without:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name in extra:
-        writer.add_tensor(name, torch.ones(8).numpy())
+    for name, values in dict(extra).items():
+        writer.add_tensor(name, torch.tensor(values).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_memory import Held
 
 from ternlm.config.model import ModelConfig
 from ternlm.convert.export_hf import export_hf
@@ -20,23 +21,6 @@ from ternlm.model.decoder import build_model
 transformers = pytest.importorskip("transformers")
 SHARED = Path(os.environ.get("TERNLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 MARKS = ("<unk>", "<s>", "</s>", "<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>")
-
-
-class Held:
-    """The weights of a model in memory."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, offset=None, shape=None) -> torch.Tensor:
-        assert offset is None
-        return self._tensors[name]
 
 
 def tiny(tokenizer: Tokenizer, path: Path, **changes: Any) -> OpenModel:

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from in_memory import Ones
 
 from ternlm.config.model import ModelConfig
 from ternlm.convert.detect import open_foreign
 from ternlm.convert.export_hf import export_hf
-from ternlm.convert.weights import OpenModel, model_shapes
+from ternlm.convert.weights import OpenModel
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
@@ -22,22 +22,6 @@ TEXTS = [
     "🙂👩‍👩‍👧 naïve Ünïcödé ﬁ №",
     "",
 ]
-
-
-class Ones:
-    """Weights that are all one: tokenizers don't look at them."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = model_shapes(config)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def read(self, name: str, offset=None, shape=None) -> torch.Tensor:
-        return torch.ones(self._shapes[name] if shape is None else shape)
 
 
 def export(tokenizer: Tokenizer, folder: Path) -> Path:

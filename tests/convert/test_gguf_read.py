@@ -18,12 +18,12 @@ from gguf_models import (
     small_tokenizer,
     smollm2,
 )
+from in_memory import greedy
 
 from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.gguf_write import write_gguf
 from ternlm.convert.weights import ConvertError, cut
 from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
 
 PROMPT = [5, 77, 300, 12, 5, 8, 190, 222, 45, 99, 100, 7]
 QUANTIZED = ["Q8_0", "Q4_0", "Q4_1"]
@@ -133,8 +133,18 @@ def test_a_model_without_tokenizer_is_read(tmp_path):
     ("changes", "message"),
     [
         (dict(architecture="gemma"), "architecture 'gemma' isn't supported"),
-        (dict(extra=["rope_freqs.weight"]), "rope_freqs.weight"),
-        (dict(extra=["blk.0.ffn_gate_inp.weight"]), "has, beyond the model's, blk.0.ffn_gate_inp.weight"),
+        (dict(extra={"rope_freqs.weight": [1.0] * 7}), "rope_freqs.weight of (7,) must be 8 numbers from 1"),
+        (dict(extra={"rope_freqs.weight": [1.0] * 7 + [0.5]}), "must be 8 numbers from 1"),
+        (dict(extra={"rope_freqs.weight": [1.0, 9.0] * 4}), "isn't what Llama 3.1's scaling makes"),
+        (
+            dict(extra={"rope_freqs.weight": [1.0] * 7 + [8.0]}, llama__rope__scaling__type="yarn"),
+            "rope_freqs.weight in the architecture llama with rope scaling 'yarn'",
+        ),
+        (
+            dict(extra={"rope_freqs.weight": [1.0] * 7 + [8.0]}, architecture="qwen2"),
+            "in the architecture qwen2 with",
+        ),
+        (dict(extra={"blk.0.ffn_gate_inp.weight": [1.0] * 8}), "has, beyond the model's, blk.0.ffn_gate_inp.weight"),
         (dict(without=["blk.1.attn_norm.weight"]), "misses model.layers.1.input_layernorm.weight"),
         (dict(without=["token_embd.weight"]), "is it a language model"),
         (dict(llama__expert_count=8), "mixture of experts"),
@@ -152,7 +162,7 @@ def test_a_model_without_tokenizer_is_read(tmp_path):
 )
 def test_what_cant_be_read_is_refused(tmp_path, plain, changes, message):
     path = repack(plain[0], tmp_path / "model.gguf", **changes)
-    with pytest.raises(ConvertError, match=message.replace("(", r"\(")) as error:
+    with pytest.raises(ConvertError, match=message.replace("(", r"\(").replace(")", r"\)")) as error:
         open_gguf(path)
     assert str(path) in str(error.value)
 
@@ -210,6 +220,6 @@ def test_a_real_model_knows_the_capital_of_france():
     model = open_gguf(smollm2())
     end = model.tokenizer.id_of("<|im_end|>")
     assert model.facts["generation"]["eos_token_id"] == [end]
-    params = SamplingParams(max_new_tokens=20, temperature=0, stop_ids=frozenset({end}))
+    params = greedy(20, [end])
     (answer,) = generate(built(model), [question(model.tokenizer)], params)
     assert model.tokenizer.decode(answer) == "The capital of France is Paris."

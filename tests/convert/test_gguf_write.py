@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 import os
 import tempfile
 import weakref
@@ -13,7 +14,6 @@ from gguf_models import (
     TEXT,
     TEXTS,
     LlamaCpp,
-    MemoryWeights,
     built,
     largest_difference,
     next_logprobs,
@@ -24,6 +24,7 @@ from gguf_models import (
     small_tokenizer,
     smollm2,
 )
+from in_memory import Held
 
 from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.gguf_write import write_gguf
@@ -165,10 +166,26 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     write_gguf(model, tmp_path / "model.gguf", "bfloat16")
 
 
+def test_the_library_says_nothing_of_a_good_file_and_other_loggers_are_left_alone(tmp_path, caplog, request):
+    own = logging.getLogger("gguf")
+    request.addfinalizer(lambda level=own.level: own.setLevel(level))
+    own.setLevel(logging.NOTSET)
+    caplog.set_level(logging.INFO)
+    write_gguf(random_model(small_config(), small_tokenizer()), tmp_path / "model.gguf")
+    open_gguf(tmp_path / "model.gguf")
+    assert [record for record in caplog.records if record.name.startswith("gguf")] == []
+    logging.getLogger("gguf.gguf_writer").warning("a warning")
+    logging.getLogger("ternlm").info("ours")
+    assert [record.message for record in caplog.records] == ["a warning", "ours"]
+    own.setLevel(logging.INFO)
+    write_gguf(random_model(small_config()), tmp_path / "told.gguf")
+    assert any(record.name.startswith("gguf") for record in caplog.records[2:])
+
+
 def test_one_tensor_at_a_time_is_held(tmp_path):
     held, most = set(), [0]
 
-    class Watched(MemoryWeights):
+    class Watched(Held):
         def read(self, name, offset=None, shape=None):
             tensor = self.tensors[name].clone()
             held.add(name)

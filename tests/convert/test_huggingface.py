@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,37 @@ def test_files_are_cut_by_size_and_named_in_an_index(tmp_path: Path) -> None:
         open_foreign(tmp_path / "ours")
 
 
+@pytest.mark.parametrize("layout", ["whole", "shards", "shards without index", "pickles"])
+def test_other_programs_files_beside_are_left_alone(layout: str, tmp_path: Path) -> None:
+    """As Mistral's and Llama's folders have them: the same weights by other names, rows of q and k in another order."""
+    model = theirs("mistral")
+    shard_bytes = "5GB" if layout in ("whole", "pickles") else "100KB"
+    model.save_pretrained(tmp_path, max_shard_size=shard_bytes)
+    if layout == "shards without index":
+        (tmp_path / "model.safetensors.index.json").unlink()
+    if layout == "pickles":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    wanted = model(TOKENS).logits
+    for name in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
+        save_file(
+            {"layers.0.attention.wq.weight": torch.ones(3), "tok_embeddings.weight": torch.ones(2)}, tmp_path / name
+        )
+    torch.save({"model.norm.weight": torch.zeros(64)}, tmp_path / "consolidated.00.pth")
+    (tmp_path / "params.json").write_text("{}")
+    check(our_logits(open_foreign(tmp_path), TOKENS), wanted)
+
+
+def test_a_folder_of_other_programs_files_alone_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, whole(), {})
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.safetensors")
+    (tmp_path / "consolidated.00.pth").touch()
+    with pytest.raises(
+        ConvertError, match=r"consolidated\.00\.pth, consolidated\.safetensors alone, .* fetch the model's"
+    ):
+        open_foreign(tmp_path)
+
+
 def test_internlm2_projections_are_taken_apart(tmp_path: Path) -> None:
     config = ModelConfig.model_validate({**SHAPE, "rope_theta": 1e6}, strict=False)
     model = build_model(config)
@@ -234,6 +266,40 @@ def test_what_cannot_be_used_is_refused_by_name(config: dict[str, Any], message:
     write(tmp_path, whole(), config)
     with pytest.raises(ConvertError, match=message):
         open_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("eos_token_id", "2"),
+        ("eos_token_id", True),
+        ("eos_token_id", -1),
+        ("eos_token_id", 300),
+        ("eos_token_id", [1, [2]]),
+        ("eos_token_id", [1, "</s>"]),
+        ("eos_token_id", []),
+        ("eos_token_id", {"id": 2}),
+        ("bos_token_id", [1]),
+        ("bos_token_id", 1.0),
+        ("pad_token_id", False),
+        ("pad_token_id", -1),
+    ],
+)
+def test_ids_of_tokens_that_are_none_are_refused(file: str, field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "model_type": "llama"}))
+    told = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps({**told, field: value}))
+    shown = re.escape(f"/{file}: {field} = {value!r} must be a whole number from 0 to 299, an id of")
+    with pytest.raises(ConvertError, match=shown + ".*; correct it, or leave it out"):
+        open_foreign(tmp_path)  # without weights: they aren't looked for before
+
+
+def test_ids_of_tokens_are_taken_over(tmp_path: Path) -> None:
+    write(tmp_path, whole(), {"eos_token_id": [2, 299], "bos_token_id": 0, "pad_token_id": None})
+    assert open_foreign(tmp_path).facts["generation"] == {"eos_token_id": [2, 299]}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "pad_token_id": 0}))
+    assert open_foreign(tmp_path).facts["generation"] == {"eos_token_id": 7, "pad_token_id": 0}
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:

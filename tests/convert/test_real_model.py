@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_memory import greedy
 
 from ternlm.config.model import ModelConfig
 from ternlm.convert.detect import find_model, open_foreign
@@ -15,7 +16,6 @@ from ternlm.convert.fill import fill_model
 from ternlm.data.chat import encode_chat
 from ternlm.infer.chat import told_ends
 from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
 from ternlm.model.decoder import build_empty_model, build_model
 from ternlm.ops.attention import make_segment_attend
 from ternlm.train.models import import_model, open_model
@@ -42,7 +42,7 @@ def test_smollm2_says_the_same_here_and_in_transformers_token_for_token(tmp_path
         prompt = encode_chat(opened.tokenizer, opened.facts["chat_template"], messages)
         assert prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         ends = frozenset(told_ends(opened.facts))
-        (ours,) = generate(model, [prompt], SamplingParams(max_new_tokens=48, temperature=0.0, stop_ids=ends))
+        (ours,) = generate(model, [prompt], greedy(48, ends))
         found = theirs.generate(torch.tensor([prompt]), max_new_tokens=48, do_sample=False)[0, len(prompt) :].tolist()
         assert [token for token in found if token not in ends] == ours
         answers.append(opened.tokenizer.decode(ours))
@@ -106,10 +106,10 @@ def test_sixteen_thousand_tokens_by_dynamic_ntk(tmp_path: Path) -> None:
         found = full_logits(model, tokens, length)[:, -64:]
         wanted = theirs(tokens, logits_to_keep=64).logits
         assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
-        (texts,) = generate(model, [tokens[0, :-new].tolist()], SamplingParams(max_new_tokens=new, temperature=0.0))
+        (texts,) = generate(model, [tokens[0, :-new].tolist()], greedy(new))
         whole = torch.cat([tokens[:, :-new], torch.tensor([texts])], 1)
-        greedy = full_logits(model, whole, length)[0, -new - 1 : -1].argmax(-1)
-    assert greedy.tolist() == texts
+        likeliest = full_logits(model, whole, length)[0, -new - 1 : -1].argmax(-1)
+    assert likeliest.tolist() == texts
 
 
 def full_logits(model: torch.nn.Module, tokens: torch.Tensor, length: int) -> torch.Tensor:

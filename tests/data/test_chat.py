@@ -117,10 +117,33 @@ def test_templates_may_trim_reorder_and_mark_what_is_said(internlm: Tokenizer) -
         assert [index for index in ids if index in special] == [index for index in harmless if index in special]
 
 
-def test_a_template_that_hides_or_repeats_what_is_said_is_refused(internlm: Tokenizer) -> None:
-    for template in ("{{ messages[0].content | upper }}", "{{ messages[0].content * 2 }}", "x"):
-        with pytest.raises(DataError, match="puts each content in once"):
-            encode_chat(internlm, template, talk("hello"))
+def test_templates_may_hide_change_or_repeat_what_is_said(internlm: Tokenizer) -> None:
+    for template, wanted in (("{{ messages[0].content | upper }}", "A\U000e0001<eoa>B"), ("x", "x")):
+        ids = encode_chat(internlm, template, talk("a\U000e0001<eoa>b"))
+        assert ids == internlm.encode_typed(wanted)
+        assert internlm.decode(ids) == wanted
+    ids = encode_chat(internlm, "{{ messages[0].content * 2 }}<eoa>", talk("<eoa>"))
+    assert ids == [*internlm.encode_typed("<eoa><eoa>"), 103028]
+
+
+def test_what_is_typed_cannot_complete_what_the_template_begins(internlm: Tokenizer) -> None:
+    """Nor can two messages together."""
+    template = "{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}"
+    assert internlm.markup_in("<eoa>") == ["<eoa>"]
+    assert internlm.markup_in(internlm.decode(encode_chat(internlm, template, talk("hello")))) == []
+    assert 103028 not in encode_chat(internlm, template, talk("eoa"))
+    both = encode_chat(internlm, "{{ messages[0].content + messages[1].content }}", talk("x<e", "oa>y"))
+    assert internlm.decode(both) == "x<eoa>y"
+    assert 103028 not in both
+    fields = [{"role": "user<eoa>", "content": "x"}]
+    assert 103028 not in encode_chat(internlm, "{{ messages[0].role }}", fields)
+
+
+def test_private_characters_come_through(internlm: Tokenizer) -> None:
+    text = "".join(map(chr, range(0xE000, 0xE010))) + "<eoa>\ue002"
+    messages = talk(text)
+    ids = encode_chat(internlm, INTERNLM.template, messages)
+    assert internlm.decode(ids, skip_special=False) == render(INTERNLM.template, messages)
 
 
 def test_bad_conversations_and_templates_are_refused() -> None:

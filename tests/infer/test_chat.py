@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_memory import greedy
 
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
@@ -11,7 +12,6 @@ from ternlm.data.chat import INTERNLM, INTERNLM2, encode_chat
 from ternlm.data.tokenizer import Tokenizer, train_bpe
 from ternlm.infer.chat import Chat, start_chat
 from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
 from ternlm.infer.terminal import talk
 from ternlm.model.decoder import CausalLM, build_model
 
@@ -38,7 +38,7 @@ def config(tokenizer: Tokenizer) -> ModelConfig:
 
 def begin(model: CausalLM, tokenizer: Tokenizer | None, **changes) -> Chat:
     opened = OpenModel(Path("m"), model.config, None, tokenizer, changes.pop("facts", {}))  # type: ignore[arg-type]
-    return start_chat(opened, model, SamplingParams(max_new_tokens=9, temperature=0.0), **changes)
+    return start_chat(opened, model, greedy(9), **changes)
 
 
 def test_an_answer_streams_and_becomes_part_of_the_conversation(model, tokenizer) -> None:

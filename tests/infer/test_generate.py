@@ -1,5 +1,6 @@
 import pytest
 import torch
+from in_memory import greedy
 
 from ternlm.config.model import ModelConfig, RopeScaling
 from ternlm.config.section import ConfigError
@@ -24,7 +25,7 @@ CONFIGS = {
     "linear": ModelConfig(**SHAPE, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
     "yarn, gqa": ModelConfig(**SHAPE, num_key_value_heads=1, rope_scaling=RopeScaling(kind="yarn", factor=4.0)),
 }
-GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0)
+GREEDY = greedy(12)
 CPU = torch.device("cpu")
 
 
@@ -127,7 +128,7 @@ def test_greedy_text_equals_that_of_transformers(kv_heads):
 @torch.no_grad()
 def test_repetition_penalty_covers_the_prompt_and_the_text():
     model, (prompt,) = random_model(CONFIGS["biases"]), random_prompts([6])
-    params = SamplingParams(max_new_tokens=12, temperature=0.0, repetition_penalty=1e9)
+    params = greedy(12, repetition_penalty=1e9)
     (text,) = generate(model, [prompt], params)
     assert len({*prompt, *text}) == len(set(prompt)) + 12  # nothing comes twice while other logits are positive
     tokens = list(prompt)
@@ -142,7 +143,7 @@ def test_a_stop_token_ends_its_row_alone_and_is_not_part_of_the_text():
     model, prompts = random_model(CONFIGS["biases"]), random_prompts([5, 11, 2])
     whole = generate(model, prompts, GREEDY)
     stop = whole[1][3]
-    params = SamplingParams(max_new_tokens=12, temperature=0.0, stop_ids=frozenset({stop}))
+    params = greedy(12, [stop])
     for before, after in zip(whole, generate(model, prompts, params), strict=True):
         assert after == (before[: before.index(stop)] if stop in before else before)
 
@@ -174,7 +175,7 @@ def test_a_prompt_given_twice_is_continued_in_two_ways():
 def test_under_autocast_the_cache_has_its_dtype():
     model, prompts = random_model(CONFIGS["gqa, q/k norm, tied"]), random_prompts([5, 3])
     with torch.autocast("cpu", torch.bfloat16):
-        texts = generate(model, prompts, SamplingParams(max_new_tokens=2, temperature=0.0))
+        texts = generate(model, prompts, greedy(2))
     assert [len(text) for text in texts] == [2, 2]
 
 

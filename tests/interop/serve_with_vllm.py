@@ -16,18 +16,19 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "made"))
+
+from in_memory import Held, greedy
+
 from ternlm.config.model import ModelConfig
-from ternlm.convert.detect import find_model
 from ternlm.convert.export_hf import export_hf
 from ternlm.convert.fill import fill_model
 from ternlm.convert.weights import OpenModel
 from ternlm.data.tokenizer import train_bpe
 from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
 from ternlm.model.decoder import build_empty_model, build_model
 from ternlm.train.models import open_model
 
@@ -40,13 +41,13 @@ def main() -> int:
     python = sys.argv[1]
     with tempfile.TemporaryDirectory(prefix="ternlm-vllm-") as name:
         folder = Path(name) / "model"
-        export_hf(open_model(find_model(sys.argv[2])) if len(sys.argv) > 2 else random_model(), folder)
+        export_hf(open_model(sys.argv[2]) if len(sys.argv) > 2 else random_model(), folder)
         opened = open_model(folder)
         assert opened.tokenizer is not None
         prompts = [opened.tokenizer.encode(prompt) for prompt in PROMPTS]
         model = build_empty_model(opened.config, torch.device("cpu"))
         fill_model(model, opened.weights)
-        ours = generate(model, prompts, SamplingParams(max_new_tokens=TOKENS, temperature=0.0))
+        ours = generate(model, prompts, greedy(TOKENS))
         theirs = ask_vllm(python, folder, prompts)
     equal = [sum(a == b for a, b in zip(*pair, strict=True)) for pair in zip(ours, theirs, strict=True)]
     for prompt, own, their, count in zip(PROMPTS, ours, theirs, equal, strict=True):
@@ -72,22 +73,6 @@ def random_model() -> OpenModel:
     for name, parameter in model.named_parameters():
         tensors[name] = torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name else 0.0)
     return OpenModel(Path("random"), config, Held(tensors), tokenizer)
-
-
-class Held:
-    """Weights in memory."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str, offset: Any = None, shape: Any = None) -> torch.Tensor:
-        return self._tensors[name]
 
 
 def ask_vllm(python: str, folder: Path, prompts: list[list[int]]) -> list[list[int]]:

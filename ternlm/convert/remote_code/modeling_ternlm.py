@@ -3,7 +3,6 @@
 The conversation's text is the tokenizer's chat template; answers end at the ids in generation_config.json.
 """
 
-import re
 from collections.abc import Iterator
 from threading import Thread
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 from transformers import _ARCHITECTURE_ForCausalLM as _Native  # type: ignore[attr-defined]
+
+from ternlm.data.typed import ChatEncoder
 
 
 class TernForCausalLM(_Native):
@@ -83,8 +84,16 @@ class TernForCausalLM(_Native):
         messages = [] if system is None else [{"role": "system", "content": system}]
         for question, answer in history:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        ids = encode_chat(tokenizer, [*messages, {"role": "user", "content": query}])
-        return torch.tensor([ids], device=self.device)
+        messages.append({"role": "user", "content": query})
+
+        def render(conversation: Any) -> str:
+            return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+        def encode_markup(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        encoder = ChatEncoder(tokenizer.backend_tokenizer.to_str())
+        return torch.tensor([encoder.encode(messages, render, encode_markup)], device=self.device)
 
     def _chat_answer(self, tokenizer: Any, answer: str) -> str:
         """Drop the tokens that end an answer, where they aren't special to the tokenizer."""
@@ -93,28 +102,3 @@ class TernForCausalLM(_Native):
             if end is not None:
                 answer = answer.split(tokenizer.convert_ids_to_tokens(end))[0]
         return answer
-
-
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return a conversation's ids; what was typed can't become a special token."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def render(conversation: list[dict[str, str]]) -> str:
-        return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-
-    added = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), reverse=True)
-    pattern = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-    if not any(pattern.search(message["content"]) for message in messages):
-        return encode(render(messages))
-    marks = [f"x\ue000{number}\ue001x" for number in range(len(messages))]
-    rest = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
-    if any(rest.count(mark) != 1 for mark in marks):
-        raise ValueError("special tokens in a message can't be told from the chat template's own; leave them out")
-    ids: list[int] = []
-    for number in sorted(range(len(marks)), key=lambda number: rest.index(marks[number])):
-        before, _, rest = rest.partition(marks[number])
-        typed = pattern.sub(lambda match: match[0][0] + "\ue002" + match[0][1:], messages[number]["content"])
-        ids += encode(before) + [index for part in typed.split("\ue002") if part for index in encode(part)]
-    return ids + encode(rest)

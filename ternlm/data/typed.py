@@ -1,0 +1,171 @@
+"""Conversations to ids, in which what people typed stays text, byte for byte, whatever it looks like.
+
+Special tokens are for the chat template alone. Exported chat models carry a copy of this file, so that their `chat`
+sends the same ids: it imports nothing of TernLM and knows no protocol.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+# What a model says of its own accord, and templates look for: in its turns these are tokens, as it made them.
+_OWN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+_PRIVATE = (range(0xE001, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer whose special and other added tokens it hides from what was typed."""
+
+    def __init__(self, content: str) -> None:
+        """content: of a tokenizer.json."""
+        self._content = content
+        added = json.loads(content).get("added_tokens") or []
+        # A single character, or blanks, can't pose as anything; some tokenizers have such tokens for plain text.
+        self._ids = {
+            token["content"]: token["id"] for token in added if len(token["content"]) > 1 and token["content"].strip()
+        }
+        self._any = _any_of(self._ids)
+        self._any_but_own = _any_of(token for token in self._ids if token not in _OWN)
+        self._nonce = f"\ue000{secrets.token_hex(8)}:"  # nobody can type what begins with it
+
+    def encode_typed(self, text: str) -> list[int]:
+        """Encode what somebody typed: no special or added token of several characters, whatever the text looks like."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        render: Callable[[Sequence[Mapping[str, Any]]], str],
+        encode_markup: Callable[[str], list[int]],
+    ) -> list[int]:
+        """Return the ids of a conversation: those of its whole text at once, where nothing in it poses as a token.
+
+        render: the chat template. encode_markup: the tokenizer's own way, which finds every added token in a text.
+        Raises ValueError for a conversation that holds each of Unicode's 137,000 private characters.
+        """
+        whole = render(messages)
+        hiding = _Hiding(self._ids, self._any, self._any_but_own, [whole, *_texts(messages)])
+        hidden = [hiding.message(message) for message in messages]
+        text = render(hidden) if hiding.shown else whole
+        found = [self._ids[token] for token in self._any.findall(text)]
+        if not hiding.posing and found == [self._ids[token] for token in self._any.findall(whole)]:
+            ids, special = encode_markup(whole), frozenset(self._ids.values())
+            if found == [index for index in ids if index in special]:
+                return ids
+        named = self._any.sub(lambda match: self._name(match[0]), text)
+        return self.encode_typed(named.translate({ord(mark): part for mark, part in hiding.shown.items()}))
+
+    def _name(self, token: str) -> str:
+        """Return what `_plain` calls a token."""
+        return f"{self._nonce}{self._ids[token]}\ue000"
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The tokenizer with other names for its added tokens, of the same ids, which nobody can type."""
+        content = json.loads(self._content)
+        model = content["model"]
+        merged = {part for merge in model.get("merges") or () for part in _parts(merge)}
+        for token in content["added_tokens"]:
+            old = token["content"]
+            if old not in self._ids:
+                continue
+            new = self._name(old)
+            token |= {"content": new, "normalized": False, "single_word": False}
+            if isinstance(model["vocab"], list):  # of pieces and scores, in the order of ids
+                if token["id"] < len(model["vocab"]):
+                    model["vocab"][token["id"]][0] = new
+                continue
+            if old not in merged:
+                model["vocab"].pop(old, None)
+            model["vocab"][new] = token["id"]
+            if model.get("unk_token") == old:
+                model["unk_token"] = new
+        content |= {"post_processor": None, "truncation": None, "padding": None}
+        return tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+
+
+class _Hiding:
+    """Puts private characters, found nowhere else, in the place of what must not be taken for a token."""
+
+    def __init__(
+        self, tokens: Iterable[str], found: re.Pattern[str], found_but_own: re.Pattern[str], texts: Iterable[str]
+    ) -> None:
+        """texts: all in which a private character must not be taken for one of these."""
+        self.shown: dict[str, str] = {}
+        """What each private character stands for."""
+        self.posing = False
+        """Whether a whole token was typed."""
+        self._tokens, self._found, self._found_but_own = tuple(tokens), found, found_but_own
+        self._marks: dict[str, str] = {}
+        taken = set().union(*texts)
+        self._unused = (chr(code) for codes in _PRIVATE for code in codes if chr(code) not in taken)
+        self._starts = {token[:cut] for token in self._tokens for cut in range(1, len(token))}
+        self._ends = {token[cut:] for token in self._tokens for cut in range(1, len(token))}
+        self._longest = max(map(len, self._tokens), default=0)
+
+    def message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message in which nothing is a token but a model's own, nor a part of one with what is around it."""
+        found = self._found_but_own if message.get("role") == "assistant" else self._found
+        hidden = {key: self._without(value, found) for key, value in message.items()}
+        if isinstance(hidden.get("content"), str):
+            hidden["content"] = self._with_closed_ends(hidden["content"])
+        return hidden
+
+    def _without(self, value: Any, found: re.Pattern[str]) -> Any:
+        if isinstance(value, str):
+            text = found.sub(lambda match: self._mark(match[0]), value)
+            self.posing = self.posing or text != value
+            return text
+        if isinstance(value, Mapping):
+            return {key: self._without(each, found) for key, each in value.items()}
+        return [self._without(each, found) for each in value] if isinstance(value, list | tuple) else value
+
+    def _with_closed_ends(self, text: str) -> str:
+        """Hide the first or last character that could be of a token begun before it, or ended behind it."""
+        inner = text.strip()
+        if not inner:
+            return text
+        first, last = text.index(inner), text.index(inner) + len(inner) - 1
+        sizes = range(1, self._longest)
+        within = any(inner in token and inner != token for token in self._tokens)
+        if within or any(inner[:size] in self._ends for size in sizes):
+            text = text[:first] + self._mark(text[first]) + text[first + 1 :]
+        if any(inner[-size:] in self._starts for size in sizes):
+            text = text[:last] + self._mark(text[last]) + text[last + 1 :]
+        return text
+
+    def _mark(self, part: str) -> str:
+        if part in self.shown:
+            return part
+        if part not in self._marks:
+            mark = next(self._unused, None)
+            if mark is None:
+                raise ValueError("the conversation holds all of Unicode's private characters; leave one out")
+            self._marks[part] = mark
+            self.shown[mark] = part
+        return self._marks[part]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return what finds the tokens in a text, the longest where several begin at one place."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for each in value.values() for text in _texts(each))
+    elif isinstance(value, list | tuple):
+        yield from (text for each in value for text in _texts(each))
+
+
+def _parts(merge: Any) -> tuple[str, str, str]:
+    """Return what a merge joins, and what it makes."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right, left + right

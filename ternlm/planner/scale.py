@@ -68,18 +68,9 @@ def scale_table(points: Sequence[Point], tokens: float) -> Table:
     """Return the table of what has a plan; tokens: how long the run is."""
     plans = [point.plan for point in points if point.plan]
     priced = bool(plans and plans[0].cluster.dollars_per_hour)
-    table = Table("devices", box=box.SIMPLE)
-    for name in (
-        "tokens/s",
-        "of first",
-        "",
-        "MFU",
-        "exchange",
-        "idle",
-        "GiB",
-        "days",
-        "dollars" if priced else "hours",
-    ):
+    names = ["tokens/s", "of first", "", "MFU", "sent", "idle", "GiB", "days", "dollars" if priced else "hours"]
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ["devices", *names]:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for plan in plans:
         table.add_row(f"{plan.layout.world:,}", *_cells(plan, plans[0], tokens))
@@ -88,7 +79,7 @@ def scale_table(points: Sequence[Point], tokens: float) -> Table:
 
 def scale_notes(points: Sequence[Point]) -> list[str]:
     """Return what the table's columns mean, which layout each has if it isn't the settings', and what has no plan."""
-    lines = ["tokens/s of one device; exchange, idle: share of the step; hours of devices; !: doesn't fit"]
+    lines = ["tokens/s of one device; sent, idle: exchange's and the pipeline's share of the step; !: doesn't fit"]
     return lines + [f"{point.world:,}: {point.note}" for point in points if point.note]
 
 

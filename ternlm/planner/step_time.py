@@ -153,6 +153,7 @@ class _RankTime:
     def _sharded(self, traffic: Sequence[Traffic], forward: float, backward: float) -> None:
         """Add what isn't hidden of gathered weights and reduced gradients; all times are of the whole step."""
         links, m = self.cluster.links, self.work.microbatches
+        own = self._microbatches_behind()
         behind = {(phase, far): s for phase, s in (("f", forward), ("b", backward)) for far in (False, True)}
         for t in traffic:
             busy = self._seconds(t)
@@ -165,11 +166,21 @@ class _RankTime:
             # Once a step, behind one microbatch, unless it happens in each.
             once = t.axis == "replicas" or (not self.layout.reshard and (phases == "f" or self.layout.grads == 1))
             for phase in phases:
-                need, room = busy / len(phases), (forward if phase == "f" else backward) / (m if once else 1)
+                need, room = busy / len(phases), (forward if phase == "f" else backward) * (own / m if once else 1)
                 hidden = min(need, room, behind[phase, t.between_nodes])
                 behind[phase, t.between_nodes] -= hidden
                 slowed = links.contention * t.sent_bytes / len(phases) / (links.node_gb_s * 1e9)
                 self._add(_name(t), need - hidden + min(slowed, hidden))
+
+    def _microbatches_behind(self) -> float:
+        """Return behind how many microbatches what a rank exchanges once a step is hidden.
+
+        One, unless stages take turns: then the next stage's microbatches run meanwhile, as many as there are ranks.
+        """
+        p, each = self.layout.pipeline, self.own.stages_per_rank
+        if p == 1 or self.own.schedule != "interleaved":
+            return 1.0
+        return min(1.0 + p * (each - 1) / each, self.work.microbatches)
 
     def _seconds(self, t: Traffic) -> float:
         return self.network.seconds(t) * (self.smaller if t.operation == "all_gather" else 1.0)

@@ -130,7 +130,7 @@ def test_the_published_report_is_of_the_constants_that_are_shipped(bench):
     figures = json.loads((ROOT / "benchmarks" / "results" / "planner" / "planner.json").read_text())
     assert figures["constants"] == pytest.approx(bench.judge.flat(fitted_constants()), rel=1e-3)
     for aim in figures["aims"]:
-        assert f"| {aim['what']} | {aim['rows']} |" in text
+        assert f"| {aim['aim']} | {aim['rows']} |" in text
 
 
 @pytest.mark.slow

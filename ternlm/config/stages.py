@@ -1,5 +1,6 @@
 """The pipeline's plan: which layers make a stage, which rank has it, and what each schedule asks of a run."""
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,6 +104,7 @@ def stage_costs(config: ModelConfig, seq_len: int) -> tuple[float, float, float]
     return 6.0 * config.num_layer_params + attention, 0.0, 6.0 * config.vocab_size * config.hidden_size
 
 
+@functools.lru_cache(maxsize=1024)  # a search asks again and again
 def split_layers(
     num_layers: int, num_stages: int, layer_cost: float, embed_cost: float, head_cost: float
 ) -> list[range]:

@@ -5,6 +5,7 @@ tested if each of its features, and each two of them together, occur in a case o
 case and compares it with one rank: losses, gradient norms, metrics and all weights.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -56,6 +57,7 @@ class Case:
         return self.flags | set(self.degrees) | _sharding(*self.sharding, self.data_ranks, self.data > 1)
 
 
+@functools.cache
 def parse_case(text: str) -> Case:
     """Read a line of `TESTED`."""
     ranks, *words = text.split()

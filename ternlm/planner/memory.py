@@ -28,6 +28,10 @@ class Memory:
     (buffers), reserve (the driver's, the communication library's, and what lies between tensors)."""
     rank: int
     """Which rank of the pipeline."""
+    parameters: float
+    """That it has, cuts over data ranks aside."""
+    under_way: float
+    """Microbatches that it has run forward and not yet backward, at most."""
 
     @property
     def bytes(self) -> float:
@@ -76,7 +80,8 @@ class _RankMemory:
         """Return the greater of two moments."""
         moments = [self._at_loss()] if self.last else []
         moments.append(self._in_backward())
-        return Memory(max(moments, key=lambda parts: sum(parts.values())), self.rank)
+        most = max(moments, key=lambda parts: sum(parts.values()))
+        return Memory(most, self.rank, self.parameters, self._under_way())
 
     def _held(self) -> dict[str, float]:
         """What is there throughout; gradients as they are while the last microbatch runs."""

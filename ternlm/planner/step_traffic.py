@@ -4,8 +4,10 @@ The program it speaks of is `ternlm.train.step` on `ternlm.parallel`, run uncomp
 program was seen to do. Leaves out what the host agrees on beside the step. No torch here.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ternlm.config.layout import Layout, Place, resolve_layout
@@ -35,7 +37,8 @@ class Parameter:
         return math.prod(self.shape[1:])
 
 
-def parameters(model: ModelConfig, tensor: int = 1, sequence: bool = True) -> list[list[Parameter]]:
+@functools.lru_cache(maxsize=64)  # a search asks again and again
+def parameters(model: ModelConfig, tensor: int = 1, sequence: bool = True) -> tuple[tuple[Parameter, ...], ...]:
     """Return the parameters in the model's order: the embedding, each block, the final norm, the head where untied."""
     d, m, h = model.hidden_size, model.intermediate_size, model.head_size
     q, kv = model.num_attention_heads * h, model.kv_heads * h
@@ -62,12 +65,12 @@ def parameters(model: ModelConfig, tensor: int = 1, sequence: bool = True) -> li
         yield one(f"{prefix}input_layernorm.weight", d, partial=sequence)
         yield one(f"{prefix}post_attention_layernorm.weight", d, partial=sequence)
 
-    units = [[one("model.embed_tokens.weight", model.vocab_size, d, cut=0)]]
-    units += [list(block(layer)) for layer in range(model.num_hidden_layers)]
-    units += [[one("model.norm.weight", d, partial=sequence)]]
+    units: list[tuple[Parameter, ...]] = [(one("model.embed_tokens.weight", model.vocab_size, d, cut=0),)]
+    units += [tuple(block(layer)) for layer in range(model.num_hidden_layers)]
+    units += [(one("model.norm.weight", d, partial=sequence),)]
     if not model.tie_word_embeddings:
-        units += [[one("lm_head.weight", model.vocab_size, d, cut=0)]]
-    return units
+        units += [(one("lm_head.weight", model.vocab_size, d, cut=0),)]
+    return tuple(units)
 
 
 def step_traffic(
@@ -105,10 +108,11 @@ class _Step:
         count = config.model.num_hidden_layers
         blocks, norm, head = rest[:count], rest[count], rest[count + 1 :]  # no head of its own where it is tied
         # Of each stage, what FSDP gathers one at a time, and the rest, which is gathered once.
-        self.gathered: list[tuple[list[list[Parameter]], list[Parameter]]] = []
+        units, rests = [], []
         for stage in stages:
-            units = [blocks[layer] for layer in stage.layers] + (head if stage.last else [])
-            self.gathered.append((units, (embedding if stage.first else []) + (norm if stage.last else [])))
+            units += [blocks[layer] for layer in stage.layers] + (head if stage.last else [])
+            rests += [(embedding if stage.first else ()) + (norm if stage.last else ())]
+        self.units, self.rests = _alike(units), _alike(rest for rest in rests if rest)
         self.first, self.last = any(stage.first for stage in stages), any(stage.last for stage in stages)
         self.blocks = sum(len(stage.layers) for stage in stages)
         own = [block for stage in stages for block in (blocks[layer] for layer in stage.layers)]
@@ -142,15 +146,15 @@ class _Step:
     def sharding(self) -> Iterator[Traffic]:
         """What FSDP sends: weights gathered, gradients reduce-scattered in the group, and all-reduced over the rest."""
         layout, m = self.layout, self.microbatches
-        units = [(unit, False) for whole, _ in self.gathered for unit in whole]
-        for unit, is_rest in [*units, *((rest, True) for _, rest in self.gathered if rest)]:
-            elements = sum(_padded(p.shape[0], layout.shard) * p.row for p in unit)
+        units = [(unit, n, False) for unit, n in self.units.items()]
+        for unit, n, is_rest in [*units, *((rest, n, True) for rest, n in self.rests.items())]:
+            elements = sum(_padded(rows, layout.shard) * row for rows, row in unit)
             if layout.shard > 1:
                 gathers = 1 if not layout.reshard else m if is_rest else 2 * m
-                yield self.one("all_gather", "shard", elements * self.element, gathers)
-                yield self.one("reduce_scatter", "shard", elements * self.reduced, m if layout.grads > 1 else 1)
+                yield self.one("all_gather", "shard", elements * self.element, n * gathers)
+                yield self.one("reduce_scatter", "shard", elements * self.reduced, n * m if layout.grads > 1 else n)
             if layout.across == 1 and "replicas" in self.axes:
-                yield self.one("all_reduce", "replicas", elements // layout.shard * self.reduced)
+                yield self.one("all_reduce", "replicas", elements // layout.shard * self.reduced, n)
 
     def across(self) -> Iterator[Traffic]:
         """What crosses groups where optimizer states are cut wider: gradients out, updated weights back, in float32."""
@@ -275,6 +279,11 @@ class _Step:
 def chunk_tokens(config: Config) -> int:
     """Return how many tokens' logits a GPU makes at a time."""
     return config.loss.chunk_tokens or max(2**30 // (4 * config.model.vocab_size), 64)
+
+
+def _alike(units: Iterable[Sequence[Parameter]]) -> Counter[tuple[tuple[int, int], ...]]:
+    """Return the rows and their sizes of each unit's parameters, and how many units have these."""
+    return Counter(tuple((p.shape[0], p.row) for p in unit) for unit in units)
 
 
 def _padded(rows: int, parts: int) -> int:

@@ -1,7 +1,7 @@
 """How long kernels and collectives take on a cluster. No torch here: plain numbers in, plain numbers out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ternlm.config.section import ConfigError
 from ternlm.planner.cluster import Cluster, Links, Rates
@@ -35,7 +35,7 @@ def matmul_seconds(one: Matmul, rates: Rates) -> float:
 class Network:
     """The links that groups of ranks have, numbered node by node."""
 
-    def __init__(self, cluster: Cluster, groups: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, cluster: Cluster, groups: Mapping[str, range]) -> None:
         """groups: of one rank, by axis, as `axis_ranks` returns them."""
         self.links: Links = cluster.links
         self.devices = cluster.devices_per_node
@@ -74,7 +74,8 @@ class Network:
             shared /= 1 + nodes / self.links.nodes_to_half
         return min(shared, self.links.node_gb_s) if members > 1 else shared
 
-    def _span(self, ranks: Sequence[int]) -> tuple[int, int]:
-        """Return how many of a group's ranks are on one node, and on how many nodes it is."""
-        nodes = [rank // self.devices for rank in ranks]
-        return max(nodes.count(node) for node in set(nodes[:1])), len(set(nodes))
+    def _span(self, ranks: range) -> tuple[int, int]:
+        """Return how many of a group's ranks are on its first node, and on how many nodes it is."""
+        first, end = ranks[0] // self.devices, ranks[-1] // self.devices
+        on_first = len(range(ranks[0], (first + 1) * self.devices, ranks.step))
+        return min(on_first, len(ranks)), len(ranks) if ranks.step >= self.devices else end - first + 1

@@ -59,7 +59,7 @@ def add_up(traffic: Iterable[Traffic]) -> list[Traffic]:
     return list(totals.values())
 
 
-def axis_ranks(layout: Layout, place: Place) -> dict[str, tuple[int, ...]]:
+def axis_ranks(layout: Layout, place: Place) -> dict[str, range]:
     """Return, for each axis of more than one rank, the ranks of the group that the rank at `place` is in.
 
     data: all ranks with this rank's weights, which are cut into shard (among which FSDP gathers), across (groups of
@@ -67,21 +67,22 @@ def axis_ranks(layout: Layout, place: Place) -> dict[str, tuple[int, ...]]:
     """
     tensor, data_ranks = layout.tensor, layout.data_ranks
     own = place.data * layout.context + place.context
+    first = place.pipeline * data_ranks * tensor + place.tensor
 
-    def ranks(data_indices: Iterable[int]) -> tuple[int, ...]:
-        return tuple((place.pipeline * data_ranks + i) * tensor + place.tensor for i in data_indices)
+    def ranks(start: int, count: int, step: int = 1) -> range:
+        """Of data indices."""
+        return range(first + start * tensor, first + (start + count * step) * tensor, step * tensor)
 
-    shard, optimizer = layout.shard, layout.optimizer
-    first_of_optimizer = own - own % optimizer
+    shard, optimizer, stage = layout.shard, layout.optimizer, data_ranks * tensor
     groups = {
-        "tensor": tuple(place.rank - place.tensor + i for i in range(tensor)),
-        "context": ranks(own - place.context + i for i in range(layout.context)),
-        "shard": ranks(own - own % shard + i for i in range(shard)),
-        "across": ranks(first_of_optimizer + own % shard + i * shard for i in range(layout.across)),
-        "replicas": ranks(own % optimizer + i * optimizer for i in range(data_ranks // optimizer)),
-        "pipeline": tuple(place.rank % (data_ranks * tensor) + i * data_ranks * tensor for i in range(layout.pipeline)),
-        "data": ranks(range(data_ranks)),
-        "world": tuple(range(layout.world)),
+        "tensor": range(place.rank - place.tensor, place.rank - place.tensor + tensor),
+        "context": ranks(own - place.context, layout.context),
+        "shard": ranks(own - own % shard, shard),
+        "across": ranks(own - own % optimizer + own % shard, layout.across, shard),
+        "replicas": ranks(own % optimizer, data_ranks // optimizer, optimizer),
+        "pipeline": range(place.rank % stage, layout.pipeline * stage, stage),
+        "data": ranks(0, data_ranks),
+        "world": range(layout.world),
     }
     return {axis: members for axis, members in groups.items() if len(members) > 1}
 
@@ -95,4 +96,6 @@ def world_axis(layout: Layout) -> str:
 
 def lie_on_several_nodes(ranks: Sequence[int], devices_per_node: int) -> bool:
     """Whether ranks, numbered node by node, lie on more than one node."""
+    if isinstance(ranks, range):
+        return ranks[0] // devices_per_node != ranks[-1] // devices_per_node
     return len({rank // devices_per_node for rank in ranks}) > 1

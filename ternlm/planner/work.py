@@ -97,6 +97,8 @@ class Work:
     microbatches: int
     microbatch_tokens: int
     """Of one rank."""
+    element_bytes: int
+    """Of a number in the products' format."""
     document_tokens: int
     forward: Kernels
     """Of one block and microbatch; likewise the next two."""
@@ -121,20 +123,19 @@ def step_work(
     program = program or Program(fused=config.compute.compile != "off")
     batch, sizes = config.batch, _Sizes(config, layout, program, document_tokens or config.data.seq_len)
     stages = [program_stages(config, layout.pipeline, rank, program) for rank in range(layout.pipeline)]
-    parameters = [_parameters(config, layout, own) for own in stages]
+    parameters = [stage_parameters(config, layout, own) for own in stages]
     accumulating = batch.global_sequences // (batch.microbatch_sequences * layout.data) > 1
     return Work(
         microbatches=batch.global_sequences // (batch.microbatch_sequences * layout.data),
         microbatch_tokens=sizes.tokens,
+        element_bytes=sizes.element,
         document_tokens=sizes.document,
         forward=sizes.forward(),
         backward=sizes.backward(),
         again=sizes.again(),
         stages=tuple(sizes.stage(own) for own in stages),
-        # AdamW reads weight, gradient and two moments and writes three; the norm reads, clipping reads and writes the
-        # gradient: 40 bytes. In between lies a copy in the format of the products.
-        update_bytes=tuple(own * (40.0 / layout.optimizer + 6.0 / layout.shard) for own in parameters),
-        accumulate_bytes=tuple(own * 10.0 / layout.grads * accumulating for own in parameters),
+        update_bytes=tuple(update_bytes(own, layout) for own in parameters),
+        accumulate_bytes=tuple(accumulate_bytes(own, layout) * accumulating for own in parameters),
     )
 
 
@@ -146,6 +147,20 @@ def program_stages(config: Config, ranks: int, rank: int, program: Program) -> l
     count, layers = ranks * config.parallel.stages_per_rank, config.model.num_hidden_layers
     start = [stage * (layers // count) + max(stage - count + layers % count, 0) for stage in range(count + 1)]
     return [stage._replace(layers=range(start[stage.number], start[stage.number + 1])) for stage in own]
+
+
+def update_bytes(parameters: float, layout: Layout) -> float:
+    """Return what the optimizer reads and writes of so many parameters, cuts aside.
+
+    AdamW reads weight, gradient and two moments and writes three; the norm reads, clipping reads and writes the
+    gradient: 40 bytes. In between lies a copy in the format of the products.
+    """
+    return parameters * (40.0 / layout.optimizer + 6.0 / layout.shard)
+
+
+def accumulate_bytes(parameters: float, layout: Layout) -> float:
+    """Return what adding a microbatch's gradients to the sum reads and writes."""
+    return parameters * 10.0 / layout.grads
 
 
 class _Sizes:
@@ -243,7 +258,7 @@ class _Sizes:
         )
 
 
-def _parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) -> float:
+def stage_parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) -> float:
     """Return how many parameters a rank of this place has, all cuts over data ranks aside."""
     model, count = config.model, 0
     for stage in own:

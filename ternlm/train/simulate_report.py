@@ -1,7 +1,6 @@
 """What `tern simulate` tells of a simulation: tables for the eye, plain numbers for programs."""
 
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from ternlm.config import Config
 from ternlm.config.section import ConfigError
+from ternlm.planner.units import human_bytes, human_flops
 from ternlm.train.simulate import Simulation, simulate
 
 
@@ -72,22 +72,6 @@ def tables(simulation: Simulation, config: Config) -> Group:
         f"{config.data.seq_len} tokens in {simulation.dtype}, {human_flops(simulation.flops)}",
     ]
     return Group(*lines, _memory(simulation), _collectives(simulation))
-
-
-def human_bytes(count: float) -> str:
-    """Write a number of bytes with about three figures and a unit."""
-    power = min(int(math.log2(max(count, 1)) // 10), 4)
-    value = count / 2 ** (10 * power)
-    return f"{value:.0f} {_UNITS[power]}" if value >= 100 else f"{value:.3g} {_UNITS[power]}"
-
-
-def human_flops(count: float) -> str:
-    """Write a number of operations with about three figures and a unit."""
-    unit, size = ("TFLOP", 1e12) if count >= 1e12 else ("GFLOP", 1e9) if count >= 1e9 else ("MFLOP", 1e6)
-    return f"{count / size:,.0f} {unit}" if count >= 100 * size else f"{count / size:.3g} {unit}"
-
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def _check_writable(option: str, file: Path) -> None:

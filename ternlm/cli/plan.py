@@ -1,0 +1,1 @@
+"""Verbs that predict a run before it takes place."""

@@ -1,0 +1,107 @@
+"""What `tern plan` prints of one plan, and the same as plain numbers. No torch here."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from ternlm.config.layout import Layout
+from ternlm.planner.explain import Explained, explain_memory, explain_time
+from ternlm.planner.memory import GIB
+from ternlm.planner.plan import DAY, Plan
+from ternlm.planner.units import human_count, human_flops, human_seconds
+
+
+def plan_tables(plan: Plan, tokens: float | None = None) -> Group:
+    """Return what is printed. tokens: how long the run is; the recipe's length if not given."""
+    return Group(*_heading(plan), _time(plan), _memory(plan), *_verdict(plan), *_whole_run(plan, tokens))
+
+
+def plan_figures(plan: Plan) -> dict[str, Any]:
+    """Return every figure in seconds, bytes, operations and pieces, as JSON can hold it."""
+    return {
+        "cluster": plan.cluster.name,
+        "devices_per_node": plan.cluster.devices_per_node,
+        "layout": {**asdict(plan.layout), "data": plan.layout.data},
+        "step_tokens": plan.step_tokens,
+        "step_seconds": plan.time.seconds,
+        "seconds": plan.time.parts,
+        "tokens_per_second_per_device": plan.tokens_per_second,
+        "flops": asdict(plan.flops),
+        "tflops": asdict(plan.tflops),
+        "mfu": asdict(plan.mfu),
+        "memory_bytes": plan.memory.parts,
+        "device_memory_bytes": plan.cluster.memory_gib * GIB,
+        "fits": plan.fits,
+        "bounds": plan.bounds,
+    }
+
+
+def layout_words(layout: Layout) -> str:
+    """Write the degrees, in one line."""
+    degrees = {"pipeline": layout.pipeline, "data": layout.data, "context": layout.context, "tensor": layout.tensor}
+    cuts = f"weights/gradients/optimizer over {layout.params}/{layout.grads}/{layout.optimizer}"
+    return " x ".join(f"{name} {degree}" for name, degree in degrees.items()) + f", {cuts}"
+
+
+def _heading(plan: Plan) -> list[str]:
+    config, layout, work = plan.config, plan.layout, plan.step.work
+    return [
+        f"{layout.world:,} x {plan.cluster.device} ({plan.cluster.name}), {plan.cluster.devices_per_node} on a node: "
+        + layout_words(layout),
+        f"A step: {human_count(plan.step_tokens)} tokens, {work.microbatches} microbatches of "
+        f"{config.batch.microbatch_sequences} x {config.data.seq_len:,} a device; the model has "
+        f"{human_count(config.model.num_params)} parameters",
+    ]
+
+
+def _time(plan: Plan) -> Table:
+    table = Table("time of a step", show_footer=True, box=box.SIMPLE)
+    table.columns[0].footer = "all"
+    table.add_column("ms", f"{plan.time.seconds * 1e3:,.1f}", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("how it was got", overflow="fold")
+    for one in _longest_first(explain_time(plan)):
+        table.add_row(one.name, f"{one.amount * 1e3:,.1f}", f"{one.amount / plan.time.seconds:.1%}", one.how)
+    return table
+
+
+def _longest_first(parts: list[Explained]) -> list[Explained]:
+    return sorted(parts, key=lambda one: -one.amount)
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table("peak memory", show_footer=True, box=box.SIMPLE)
+    table.columns[0].footer = "all"
+    table.add_column("GiB", f"{plan.memory.bytes / GIB:,.2f}", justify="right")
+    table.add_column("how it was got", f"of {plan.cluster.memory_gib:g} GiB", overflow="fold")
+    for one in explain_memory(plan):
+        table.add_row(one.name, f"{one.amount / GIB:,.2f}", one.how)
+    return table
+
+
+def _verdict(plan: Plan) -> list[str]:
+    tflops, mfu = plan.tflops, plan.mfu
+    limit, seconds = next(iter(plan.bounds.items()))
+    free = plan.cluster.memory_gib - plan.memory.bytes / GIB
+    fit = f"Fits, with {free:.1f} GiB to spare." if plan.fits else f"Does NOT fit: {-free:.1f} GiB too much."
+    return [
+        f"{human_seconds(plan.time.seconds)} a step, {plan.tokens_per_second:,.0f} tokens/s a device, "
+        f"{plan.tokens_per_second * plan.layout.world:,.0f} in all",
+        f"TFLOPS a device {tflops.full:.1f}, MFU {mfu.full:.1%} (full attention); {tflops.causal:.1f}, "
+        f"{mfu.causal:.1%} (causal half); {tflops.hardware:.1f}, {mfu.hardware:.1%} (recompute counted, HFU); "
+        f"peak {plan.cluster.peak_tflops:g}",
+        f"{fit} Bound by {limit}: {seconds / plan.time.seconds:.0%} of the step.",
+    ]
+
+
+def _whole_run(plan: Plan, tokens: float | None) -> list[str]:
+    tokens = tokens or float(plan.config.train.steps * plan.step_tokens)
+    seconds = plan.seconds_for(tokens)
+    hours = seconds / 3600 * plan.layout.world
+    text = f"{human_count(tokens)} tokens: {seconds / DAY:,.2f} days, {hours:,.0f} device-hours"
+    if plan.cluster.dollars_per_hour:
+        text += f", {plan.dollars_for(tokens):,.0f} dollars"
+    return [text + f", {human_flops(plan.flops.full / plan.step_tokens * plan.layout.world)} a token"]

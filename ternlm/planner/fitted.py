@@ -23,7 +23,7 @@ class Constants(Section):
 
     ampere: Family = setting(..., "A100, A800")
     hopper: Family = setting(..., "H100, H200, H800; taken for blackwell too, of which no run was at hand")
-    power: float = setting(..., "rate of products goes with (power limit / full power) to this", ge=0)
+    power: float = setting(..., "rates of products and attention go with (power limit / full power) to this", ge=0)
     float8: float = setting(..., "rate of products in float8 over that in bfloat16, casts included", gt=1)
     flash1: float = setting(..., "rate of attention with FlashAttention 1 over that with 2", gt=0, le=1)
     biased: float = setting(..., "the same for attention with a bias for each distance (ALiBi)", gt=0, le=1)

@@ -71,7 +71,7 @@ def make_cluster(
     peak = peak_tflops(sheet.name, "bfloat16")
     assert peak is not None, sheet.name  # a test holds the two tables together
     limited = peak * (sheet.power_watt / _FULL_POWER_WATT) ** c.power
-    attends = peak * {"flash1": c.flash1, "flash2": 1.0, "biased": c.biased}[attention]
+    attends = limited * {"flash1": c.flash1, "flash2": 1.0, "biased": c.biased}[attention]
     return Cluster(
         name=name or sheet.name,
         device=sheet.name,

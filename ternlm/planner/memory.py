@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from ternlm.config.layout import Layout
 from ternlm.config.run import Config
-from ternlm.config.stages import OwnStage, own_stages
+from ternlm.config.stages import OwnStage
 from ternlm.config.training import recomputed_blocks
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.step_traffic import chunk_tokens
-from ternlm.planner.work import Program
+from ternlm.planner.work import Program, program_stages
 
 GIB = 2**30
 KINDS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "communication", "reserve")
@@ -59,7 +59,7 @@ class _RankMemory:
     def __init__(self, config: Config, layout: Layout, rank: int, program: Program) -> None:
         self.config, self.layout, self.rank, self.program = config, layout, rank, program
         model = config.model
-        self.stages: Sequence[OwnStage] = own_stages(config, layout.pipeline, rank)
+        self.stages: Sequence[OwnStage] = program_stages(config, layout.pipeline, rank, program)
         self.sequence = layout.tensor if config.parallel.sequence else 1
         self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
         self.tokens = config.batch.microbatch_sequences * config.data.seq_len // layout.context
@@ -99,12 +99,17 @@ class _RankMemory:
         # The head's gradient in float32, and a chunk's part of it in the format of the products.
         mixed = self.element < 4
         parts["gradients"] += self.table * (4 + (self.element if self.gathers else 4) * mixed)
-        parts["activations"] = self._activations() + self.tokens * self.config.model.hidden_size * self.element * 4
+        # The stream that the head takes, its gradient and copies; FSDP casts the final norm's result once more.
+        stream = self.tokens * self.config.model.hidden_size * self.element
+        copies = 3 / self.sequence if self.gathers and not self.program.whole_logits else 0.0
+        parts["activations"] = self._activations() + stream * (4 + copies)
         vocab = self.config.model.vocab_size / self.layout.tensor
         rows = self.tokens if self.program.whole_logits else min(self.tokens, chunk_tokens(self.config))
         each = self.program.logit_bytes if self.program.whole_logits else 4 + self.element * mixed
         parts["logits"] = rows * vocab * each
-        if self.layout.reshard:
+        if self.layout.pipeline > 1:
+            parts["communication"] = self._messages(at_loss=True)
+        elif self.layout.reshard:
             parts["communication"] = self.head * self.element
         return parts
 
@@ -114,9 +119,7 @@ class _RankMemory:
         # A block's first gradients, in the format of the products.
         parts["gradients"] += self.layer * self.element * 0.25
         if self.layout.pipeline > 1:  # what goes to the neighbours; gradients are reduced when less is under way
-            messages = 16 if len(self.stages) > 1 else 5
-            stream = self.tokens * self.config.model.hidden_size * self.element / self.sequence
-            parts["communication"] = messages * stream
+            parts["communication"] = self._messages(at_loss=False)
         elif self.layout.reshard:
             parts["communication"] = 4 * max(self.head, self.layer) + self.element * self.layer
         elif self.layout.shard > 1:
@@ -138,11 +141,20 @@ class _RankMemory:
         """Return what the backward passes to come will need, of all microbatches that are under way."""
         again = recomputed_blocks(self.blocks, self.config.compute.recompute)
         each = self.tokens * (again * self._block(1) + (self.blocks - again) * self._block(0))
-        if (
-            not self.gathers and self.element < self.program.weight_bytes
-        ):  # weights that each microbatch casts for itself
-            each += self.element * (self.blocks * self.layer + self.table * self.last)
-        return each * self._under_way()
+        casts = 0.0
+        if not self.gathers and self.element < self.program.weight_bytes:
+            # Weights that each microbatch casts for itself; those of recomputed blocks until it has run forward.
+            each += self.element * ((self.blocks - again) * self.layer + self.table * self.last)
+            casts = self.element * again * self.layer
+        return each * self._under_way() + casts
+
+    def _messages(self, at_loss: bool) -> float:
+        """Return the bytes on their way between stages."""
+        ranks, each = self.layout.pipeline, len(self.stages)
+        streams = 2.0 if at_loss else 5.0
+        if each > 1:  # received ahead for each stage
+            streams = (1.5 if at_loss else 2) * ranks * each
+        return streams * self.tokens * self.config.model.hidden_size * self.element / self.sequence
 
     def _under_way(self) -> float:
         """Return how many microbatches this rank has run forward and not backward, at most, of all its stages."""

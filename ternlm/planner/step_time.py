@@ -169,6 +169,7 @@ class RankTime:
         room: computation that may hide it, forward and backward.
         """
         links, m = self.cluster.links, self.work.microbatches
+        own = self._microbatches_behind()
         behind = {(phase, far): seconds for phase, seconds in room.items() for far in (False, True)}
         for t in traffic:
             busy = self._seconds(network, t)
@@ -182,10 +183,20 @@ class RankTime:
             once = t.axis == "replicas" or (not layout.reshard and (phases == "f" or layout.grads == 1))
             for phase in phases:
                 need = busy / len(phases)
-                hidden = min(need, room[phase] / (m if once else 1), behind[phase, t.between_nodes])
+                hidden = min(need, room[phase] * (own / m if once else 1), behind[phase, t.between_nodes])
                 behind[phase, t.between_nodes] -= hidden
                 slowed = links.contention * t.sent_bytes / len(phases) / (links.node_gb_s * 1e9)
                 yield part_name(t), need - hidden + min(slowed, hidden)
+
+    def _microbatches_behind(self) -> float:
+        """Return behind how many microbatches what a rank exchanges once a step is hidden.
+
+        One, unless stages take turns: then the next stage's microbatches run meanwhile, as many as there are ranks.
+        """
+        p, each = self.own.layout.pipeline, self.own.stages_per_rank
+        if p == 1 or self.own.schedule != "interleaved":
+            return 1.0
+        return min(1.0 + p * (each - 1) / each, self.work.microbatches)
 
     def _seconds(self, network: Network, t: Traffic) -> float:
         return network.seconds(t) * (self.smaller if t.operation == "all_gather" else 1.0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from ternlm.config.section import ConfigError
 from ternlm.planner.cluster import Cluster, Links, Rates
 from ternlm.planner.traffic import Traffic
 from ternlm.planner.work import Kernels, Matmul
@@ -56,10 +57,15 @@ class Network:
         """Return what one rank sends in a second.
 
         A ring that leaves a node does so at the node's whole rate if it has all its devices; else as many rings share
-        that rate as there are devices for each of its own.
+        that rate as there are devices for each of its own. Raises ConfigError where the cluster has no network.
         """
         if not traffic.between_nodes:
             return self.links.node_gb_s
+        if not self.links.network_gb_s:
+            raise ConfigError(
+                f"links.network_gb_s = 0 and axis {traffic.axis} lies on several nodes: nothing could be exchanged; "
+                "give what a node sends to others, in GB/s, or keep the run on one node"
+            )
         members, nodes = self.spans.get(traffic.axis, (self.devices, 2))
         if traffic.operation in ("send", "recv"):
             members = 1

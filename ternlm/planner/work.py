@@ -5,7 +5,7 @@ A multiply and an add are two operations. No torch here: plain numbers in, plain
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from ternlm.config.layout import Layout
@@ -30,12 +30,16 @@ class Program:
     """False: an MLP of two matrices, of as many weights as the settings' three."""
     halved_recompute: bool = False
     """Whether a recomputed block keeps every second product's result (torchtitan's "selective")."""
+    whole_recompute: bool = False
+    """Whether a recomputed block runs again to its end, though its last product's result isn't needed."""
     whole_logits: bool = False
     """Whether all logits of a microbatch exist at once, of `logit_bytes` each with what the loss makes of them."""
     logit_bytes: float = 10.0
     weight_bytes: float = 4.0
     """Per parameter, where it isn't cut; likewise what the optimizer adds."""
     state_bytes: float = 8.0
+    even_stages: bool = False
+    """Whether stages have equally many layers, those left over last, though the last stage has the head as well."""
     hidden_tensor: bool = False
     """Whether what tensor parallelism exchanges is overlapped with the products."""
     broadcasts: bool = False
@@ -118,7 +122,7 @@ def step_work(
     """
     program = program or Program(fused=config.compute.compile != "off")
     batch, sizes = config.batch, _Sizes(config, layout, program, document_tokens or config.data.seq_len)
-    stages = [own_stages(config, layout.pipeline, rank) for rank in range(layout.pipeline)]
+    stages = [program_stages(config, layout.pipeline, rank, program) for rank in range(layout.pipeline)]
     parameters = [stage_parameters(config, layout, own) for own in stages]
     accumulating = batch.global_sequences // (batch.microbatch_sequences * layout.data) > 1
     return Work(
@@ -133,6 +137,16 @@ def step_work(
         update_bytes=tuple(update_bytes(own, layout) for own in parameters),
         accumulate_bytes=tuple(accumulate_bytes(own, layout) * accumulating for own in parameters),
     )
+
+
+def program_stages(config: Config, ranks: int, rank: int, program: Program) -> list[OwnStage]:
+    """Return the stages that `rank` of a pipeline of `ranks` has in a program."""
+    own = own_stages(config, ranks, rank)
+    if not program.even_stages:
+        return own
+    count, layers = ranks * config.parallel.stages_per_rank, config.model.num_hidden_layers
+    start = [stage * (layers // count) + max(stage - count + layers % count, 0) for stage in range(count + 1)]
+    return [stage._replace(layers=range(start[stage.number], start[stage.number + 1])) for stage in own]
 
 
 def update_bytes(parameters: float, layout: Layout) -> float:
@@ -209,7 +223,9 @@ class _Sizes:
             outs = ((self.hidden, self.keys), (self.queries, self.hidden), (self.hidden, self.inner))
             matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in outs)
             return Kernels(matmuls, 0.0, 0.0, forward.stream_bytes, forward.launches)
-        return forward
+        if self.program.whole_recompute:
+            return forward
+        return replace(forward, matmuls=forward.matmuls[:-1])
 
     def _elements(self) -> tuple[float, float]:
         """Elements per token that norms, residuals, rotation and activation read and write: forward, backward."""

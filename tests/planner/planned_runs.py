@@ -1,0 +1,62 @@
+"""Runs that the planner's tests speak of: settings as tables, and how much one rank computes of them."""
+
+from ternlm.config import Config, config_from_dict
+from ternlm.config.layout import Layout, resolve_layout
+from ternlm.planner.step_time import StepTime, describe_step, step_time
+from ternlm.planner.work import Kernels, step_work
+
+
+def settings(changes=None, sequences=32, model=None):
+    """Return the settings of a small model, or of another, with changes to each section."""
+    table = {
+        "model": model
+        or {
+            "vocab_size": 2048,
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 640,
+            "attention_bias": True,
+        },
+        "data": {"seq_len": 512, "sources": [{"name": "a", "path": "a"}]},
+        "batch": {"global_sequences": sequences},
+        "train": {"steps": 10},
+        "compute": {"dtype": "bfloat16", "compile": "off"},
+        "parallel": {"allow_untested": True},
+    }
+    for section, fields in (changes or {}).items():
+        table[section] = {**table.get(section, {}), **fields}
+    return config_from_dict(table)
+
+
+def counted_flops(config: Config, layout: Layout, stage: int = 0) -> float:
+    """Return the operations that one rank of a pipeline stage does in a step, as work.py lists them."""
+    work = step_work(config, layout)
+    own = work.stages[stage]
+    parts: list[tuple[int, Kernels]] = [
+        (own.blocks, work.forward),
+        (own.blocks, work.backward),
+        (own.recomputed, work.again),
+        (1, own.ends_forward),
+        (1, own.ends_backward),
+    ]
+    return work.microbatches * sum(count * kernels.flops for count, kernels in parts)
+
+
+def internlm(devices, sharding=None, rows=2, accumulation=4, **sections):
+    """Return the settings of InternLM-7B on so many devices, in the ancestor's batches."""
+    changes = {
+        "data": {"seq_len": 2048},
+        "batch": {"microbatch_sequences": rows},
+        "compute": {"compile": "on"},
+        "sharding": sharding or {},
+        **sections,
+    }
+    return settings(changes, rows * accumulation * devices, {"preset": "internlm-7b"})
+
+
+def predict(config, devices, cluster) -> StepTime:
+    """Return the time of a step on a cluster."""
+    step = describe_step(config, resolve_layout(config, devices), cluster.devices_per_node)
+    return step_time(step, cluster)

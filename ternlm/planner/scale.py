@@ -68,7 +68,7 @@ def scale_table(points: Sequence[Point], tokens: float) -> Table:
     """Return the table of what has a plan; tokens: how long the run is."""
     plans = [point.plan for point in points if point.plan]
     priced = bool(plans and plans[0].cluster.dollars_per_hour)
-    names = ["tokens/s", "of first", "", "MFU", "sent", "idle", "GiB", "days", "dollars" if priced else "hours"]
+    names = ["tokens/s", "rel.", "", "MFU", "sent", "idle", "GiB", "days", "dollars" if priced else "hours"]
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ["devices", *names]:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -79,7 +79,7 @@ def scale_table(points: Sequence[Point], tokens: float) -> Table:
 
 def scale_notes(points: Sequence[Point]) -> list[str]:
     """Return what the table's columns mean, which layout each has if it isn't the settings', and what has no plan."""
-    lines = ["tokens/s of one device; sent, idle: exchange's and the pipeline's share of the step; !: doesn't fit"]
+    lines = ["tokens/s of one device; rel.: of the first; sent, idle: exchange's and the pipeline's share of the step; !: doesn't fit"]
     return lines + [f"{point.world:,}: {point.note}" for point in points if point.note]
 
 
@@ -132,7 +132,7 @@ def _cells(plan: Plan, first: Plan, tokens: float) -> list[str]:
     cells = [
         f"{plan.tokens_per_second:,.0f}",
         f"{share:.0%}",
-        "█" * max(round(share * 10), 1),
+        "█" * max(round(share * 8), 1),
         f"{plan.mfu.full:.1%}",
         f"{exchanged:.0%}",
         f"{plan.time.parts.get('bubble', 0.0) / plan.time.seconds:.0%}",

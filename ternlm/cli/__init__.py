@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from ternlm.cli.calibrate import calibrate
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign
 from ternlm.cli.data import data
 from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Seed, Temperature, TopK, TopP
@@ -257,3 +258,4 @@ def list_configs() -> None:
 app.command("export")(export_model)
 app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
+app.command("calibrate")(calibrate)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from ternlm.cli.calibrate import calibrate
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign
 from ternlm.cli.data import data
 from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Seed, Temperature, TopK, TopP
@@ -245,3 +246,4 @@ app.command("plan")(plan)
 app.command("export")(export_model)
 app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
+app.command("calibrate")(calibrate)

@@ -34,8 +34,8 @@ class MeshBound:
     def _rank_seconds(self, rank: RankTime, layout: Layout) -> float:
         own, root = self.parameters[rank.rank]
         traffic = list(self._traffic(rank.rank, layout, own, root))
-        adding = accumulate_bytes(own, layout) * (self.microbatches > 1)
-        return rank.with_states(layout, traffic, update_bytes(own, layout), adding).seconds
+        adding = accumulate_bytes(own, layout, self.element) * (self.microbatches > 1)
+        return rank.with_states(layout, traffic, update_bytes(own, layout, self.element), adding).seconds
 
     def _parameters(self, rank: int, layout: Layout) -> tuple[float, float]:
         """Return how many parameters a rank has, and how many of these are gathered once a microbatch."""

@@ -16,11 +16,27 @@ class Rates(Section):
     matmul_float8_tflops: float = setting(0.0, "the same in float8, casts included; 0: not known", unit="TFLOPS", ge=0)
     half_inner: float = setting(0.0, "summed dimension at which a product has half its rate", unit="elements", ge=0)
     half_outer: float = setting(0.0, "result's size at which a product has half its rate", unit="elements", ge=0)
+    operands_g_s: float = setting(
+        0.0,
+        "operands and results of products, on top, where nothing hides them; 0: hidden",
+        unit="10^9 elements/s",
+        ge=0,
+    )
     attention_tflops: float = setting(..., "causal attention forward, masked half not counted", unit="TFLOPS", gt=0)
     attention_backward_tflops: float = setting(..., "the same backward, counted as 2.5 forwards", unit="TFLOPS", gt=0)
     half_attention: float = setting(0.0, "document at which attention has half its rate", unit="tokens", ge=0)
+    attention_block: float = setting(
+        0.0, "keys that attention takes at a time, the masked among them too; 0: none are", unit="tokens", ge=0
+    )
     memory_gb_s: float = setting(..., "kernels that only read and write memory", unit="GB/s", gt=0)
+    norms_gb_s: float = setting(0.0, "norms, rotation and the like in a block; 0: memory_gb_s", unit="GB/s", ge=0)
+    loss_gb_s: float = setting(0.0, "the loss, of its logits; 0: memory_gb_s", unit="GB/s", ge=0)
+    update_gb_s: float = setting(0.0, "norm, clipping and the optimizer; 0: memory_gb_s", unit="GB/s", ge=0)
+    fresh_gb_s: float = setting(
+        0.0, "memory that a step takes anew from the system, on a CPU; 0: costs nothing", unit="GB/s", ge=0
+    )
     launch_us: float = setting(0.0, "least time between the starts of two kernels", unit="microseconds", ge=0)
+    serial_us: float = setting(0.0, "what each kernel adds where the host computes itself", unit="microseconds", ge=0)
     step_ms: float = setting(0.0, "of each step whatever its size: batches, metrics, Python", unit="milliseconds", ge=0)
 
 

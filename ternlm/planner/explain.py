@@ -47,6 +47,7 @@ def whole_step(plan: Plan) -> Kernels:
         sum(count * kernels.attention_flops for count, kernels in counted),
         sum(count * kernels.attention_backward_flops for count, kernels in counted),
         sum(count * kernels.stream_bytes for count, kernels in counted),
+        sum(count * kernels.loss_bytes for count, kernels in counted),
         sum(count * kernels.launches for count, kernels in counted),
     )
 
@@ -70,16 +71,22 @@ def _how_long(plan: Plan, name: str) -> str:
         )
     if name == "other":
         adding = work.microbatches * work.accumulate_bytes[plan.time.rank]
+        fresh = work.microbatches * work.fresh_bytes[plan.time.rank] * bool(rates.fresh_gb_s)
         return (
-            f"norms, rotation, activation, residuals, loss: {human_bytes(kernels.stream_bytes)} read and written"
-            + f"; adding up gradients: {human_bytes(adding)}" * bool(adding)
-            + f"; at {rates.memory_gb_s:,.0f} GB/s"
+            f"norms, rotation, activation, residuals: {human_bytes(kernels.stream_bytes)} read and written at "
+            f"{rates.norms_gb_s or rates.memory_gb_s:,.0f} GB/s; loss: {human_bytes(kernels.loss_bytes)} at "
+            f"{rates.loss_gb_s or rates.memory_gb_s:,.0f} GB/s"
+            + f"; adding up gradients: {human_bytes(adding)} at {rates.memory_gb_s:,.0f} GB/s" * bool(adding)
+            + f"; tensors that the system maps anew: {human_bytes(fresh)} at {rates.fresh_gb_s:.3g} GB/s" * bool(fresh)
         )
     if name == "launch":
+        if rates.serial_us:
+            return f"{kernels.launches:,} kernels, {rates.serial_us:.3g} us each to start"
         return f"{kernels.launches:,} kernels, at least {rates.launch_us:.3g} us from one to the next"
     if name == "optimizer":
         moved = work.update_bytes[plan.time.rank]
-        return f"{human_bytes(moved)} of weights, gradients and states, at {rates.memory_gb_s:,.0f} GB/s"
+        rate = rates.update_gb_s or rates.memory_gb_s
+        return f"{human_bytes(moved)} of weights, gradients and states, at {rate:,.0f} GB/s"
     if name == "bubble":
         return _how_idle(plan)
     assert name == "overhead", name

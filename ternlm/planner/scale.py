@@ -79,7 +79,9 @@ def scale_table(points: Sequence[Point], tokens: float) -> Table:
 
 def scale_notes(points: Sequence[Point]) -> list[str]:
     """Return what the table's columns mean, which layout each has if it isn't the settings', and what has no plan."""
-    lines = ["tokens/s of one device; rel.: of the first; sent, idle: exchange's and the pipeline's share of the step; !: doesn't fit"]
+    lines = [
+        "tokens/s of one device; rel.: of the first; sent, idle: exchange's and the pipeline's share; !: doesn't fit"
+    ]
     return lines + [f"{point.world:,}: {point.note}" for point in points if point.note]
 
 

@@ -104,6 +104,8 @@ class RankTime:
         for times in (self.forward, self.backward):
             for part, seconds in times.items():
                 _add(self.parts, part, m * seconds)
+        if cluster.rates.fresh_gb_s:
+            _add(self.parts, "other", m * self.work.fresh_bytes[rank] / (cluster.rates.fresh_gb_s * 1e9))
         self.waited = self._waited(t for t in step.traffic[rank] if t.axis in _WITHIN)
         self._bubble()
 
@@ -120,9 +122,9 @@ class RankTime:
             _add(parts, name, seconds)
         for t in (t for t in traffic if t.axis == "across"):
             _add(parts, part_name(t), network.seconds(t) + network.latency(t))
-        memory = self.cluster.rates.memory_gb_s * 1e9
-        _add(parts, "optimizer", update_bytes / memory)
-        _add(parts, "other", self.work.microbatches * accumulate_bytes / memory)
+        rates = self.cluster.rates
+        _add(parts, "optimizer", update_bytes / ((rates.update_gb_s or rates.memory_gb_s) * 1e9))
+        _add(parts, "other", self.work.microbatches * accumulate_bytes / (rates.memory_gb_s * 1e9))
         whole = sum(parts.values())
         _add(parts, "overhead", whole * self.cluster.overhead + self.cluster.rates.step_ms * 1e-3)
         return StepTime(parts, self.rank)

@@ -17,19 +17,25 @@ def kernel_seconds(kernels: Kernels, rates: Rates, document_tokens: int) -> dict
     matmul = sum(matmul_seconds(one, rates) for one in kernels.matmuls)
     attention = kernels.attention_flops / (rates.attention_tflops * 1e12)
     attention += kernels.attention_backward_flops / (rates.attention_backward_tflops * 1e12)
-    attention *= 1 + rates.half_attention / document_tokens
-    other = kernels.stream_bytes / (rates.memory_gb_s * 1e9)
+    attention *= (1 + rates.half_attention / document_tokens) * min(1 + rates.attention_block / document_tokens, 2.0)
+    other = kernels.stream_bytes / ((rates.norms_gb_s or rates.memory_gb_s) * 1e9)
+    other += kernels.loss_bytes / ((rates.loss_gb_s or rates.memory_gb_s) * 1e9)
     waiting = max(kernels.launches * rates.launch_us * 1e-6 - matmul - attention - other, 0.0)
+    waiting += kernels.launches * rates.serial_us * 1e-6
     return {"matmul": matmul, "attention": attention, "other": other, "launch": waiting}
 
 
 def matmul_seconds(one: Matmul, rates: Rates) -> float:
-    """Return the time of one product: its operations at a rate that falls with a short sum and with a small result."""
+    """Return the time of one product: its operations at a rate that falls with a short sum and with a small result.
+
+    Where the device says so, its operands and result take time of their own.
+    """
     rate = rates.matmul_tflops
     if one.float8 and rates.matmul_float8_tflops:
         rate = rates.matmul_float8_tflops
     slower = (1 + rates.half_inner / one.k) * (1 + rates.half_outer / (one.m * one.n))
-    return one.flops / (rate * 1e12) * slower
+    seconds = one.flops / (rate * 1e12) * slower
+    return seconds + one.elements / (rates.operands_g_s * 1e9) if rates.operands_g_s else seconds
 
 
 class Network:

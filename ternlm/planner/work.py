@@ -4,6 +4,7 @@ Made of the settings alone; how long it takes, and what is exchanged meanwhile, 
 A multiply and an add are two operations. No torch here: plain numbers in, plain numbers out.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -12,6 +13,9 @@ from ternlm.config.layout import Layout
 from ternlm.config.run import Config
 from ternlm.config.stages import OwnStage, own_stages
 from ternlm.config.training import recomputed_blocks
+
+LARGEST_IN_HEAP = 2**25
+"""Bytes of the largest allocation that glibc may take from its heap (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Matmul(NamedTuple):
         """Operations."""
         return 2.0 * self.m * self.n * self.k
 
+    @property
+    def elements(self) -> float:
+        """Of both operands and the result."""
+        return float(self.m * self.k + self.k * self.n + self.m * self.n)
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -69,7 +78,9 @@ class Kernels:
     """Of causal attention forward, with the masked half left out; likewise backward: 2.5 times as many."""
     attention_backward_flops: float = 0.0
     stream_bytes: float = 0.0
-    """What all other kernels read and write."""
+    """What all other kernels read and write, those of the loss aside."""
+    loss_bytes: float = 0.0
+    """What the loss reads and writes beside its products."""
     launches: int = 0
 
     @property
@@ -111,6 +122,8 @@ class Work:
     """What the optimizer reads and writes, by rank of the pipeline."""
     accumulate_bytes: tuple[float, ...]
     """What adding up gradients reads and writes, for each microbatch, by rank of the pipeline."""
+    fresh_bytes: tuple[float, ...]
+    """Memory that a CPU's allocator maps anew, for each microbatch, by rank of the pipeline."""
 
 
 def step_work(
@@ -134,8 +147,9 @@ def step_work(
         backward=sizes.backward(),
         again=sizes.again(),
         stages=tuple(sizes.stage(own) for own in stages),
-        update_bytes=tuple(update_bytes(own, layout) for own in parameters),
-        accumulate_bytes=tuple(accumulate_bytes(own, layout) * accumulating for own in parameters),
+        update_bytes=tuple(update_bytes(own, layout, sizes.element) for own in parameters),
+        accumulate_bytes=tuple(accumulate_bytes(own, layout, sizes.element) * accumulating for own in parameters),
+        fresh_bytes=tuple(sizes.fresh_bytes(own) for own in stages),
     )
 
 
@@ -149,18 +163,19 @@ def program_stages(config: Config, ranks: int, rank: int, program: Program) -> l
     return [stage._replace(layers=range(start[stage.number], start[stage.number + 1])) for stage in own]
 
 
-def update_bytes(parameters: float, layout: Layout) -> float:
+def update_bytes(parameters: float, layout: Layout, element: int = 2) -> float:
     """Return what the optimizer reads and writes of so many parameters, cuts aside.
 
     AdamW reads weight, gradient and two moments and writes three; the norm reads, clipping reads and writes the
-    gradient: 40 bytes. In between lies a copy in the format of the products.
+    gradient: 40 bytes. In between lies a copy in the format of the products, of `element` bytes, unless that is the
+    weights' own.
     """
-    return parameters * (40.0 / layout.optimizer + 6.0 / layout.shard)
+    return parameters * (40.0 / layout.optimizer + (4.0 + element) * (element < 4) / layout.shard)
 
 
-def accumulate_bytes(parameters: float, layout: Layout) -> float:
+def accumulate_bytes(parameters: float, layout: Layout, element: int = 2) -> float:
     """Return what adding a microbatch's gradients to the sum reads and writes."""
-    return parameters * 10.0 / layout.grads
+    return parameters * (8.0 + element) / layout.grads
 
 
 class _Sizes:
@@ -177,6 +192,7 @@ class _Sizes:
         if not program.gated_mlp:
             self.inner = self.inner * 3 // 2
         self.vocab = model.vocab_size // layout.tensor
+        self.tied = model.tie_word_embeddings
         # Norms and residuals are cut along the sequence.
         self.stream = self.hidden // layout.tensor if config.parallel.sequence else self.hidden
         self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
@@ -199,7 +215,8 @@ class _Sizes:
         """Return a block's forward pass."""
         matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in self.products())
         launches = 14 if self.program.fused else 28
-        return Kernels(matmuls, self.attention_flops(), 0.0, self.tokens * self.element * self._elements()[0], launches)
+        moved = self.tokens * self.element * self._elements()[0]
+        return Kernels(matmuls, self.attention_flops(), 0.0, moved, 0.0, launches)
 
     def backward(self) -> Kernels:
         """Return a block's backward pass: gradients of inputs and of weights."""
@@ -211,18 +228,18 @@ class _Sizes:
             ]
         launches = 26 if self.program.fused else 56
         attention = 2.5 * self.attention_flops()
-        return Kernels(tuple(matmuls), 0.0, attention, self.tokens * self.element * self._elements()[1], launches)
+        return Kernels(tuple(matmuls), 0.0, attention, self.tokens * self.element * self._elements()[1], 0.0, launches)
 
     def again(self) -> Kernels:
         """Return what a recomputed block does once more in its backward pass."""
         forward = self.forward()
         if self.config.compute.recompute_keep == "matmuls":
-            return Kernels((), 0.0, 0.0, forward.stream_bytes, forward.launches // 2)
+            return Kernels((), 0.0, 0.0, forward.stream_bytes, 0.0, forward.launches // 2)
         if self.program.halved_recompute:
             # Of q, k, v, o, gate, up and down every second one isn't kept: k, o and up.
             outs = ((self.hidden, self.keys), (self.queries, self.hidden), (self.hidden, self.inner))
             matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in outs)
-            return Kernels(matmuls, 0.0, 0.0, forward.stream_bytes, forward.launches)
+            return Kernels(matmuls, 0.0, 0.0, forward.stream_bytes, 0.0, forward.launches)
         if self.program.whole_recompute:
             return forward
         return replace(forward, matmuls=forward.matmuls[:-1])
@@ -243,6 +260,7 @@ class _Sizes:
         own = list(own)
         blocks = sum(len(stage.layers) for stage in own)
         first, last = any(stage.first for stage in own), any(stage.last for stage in own)
+        table = float(self.vocab * self.hidden)
         embedding = 3 * self.element * self.tokens * self.stream * first
         head, logits = (self.hidden, self.vocab), float(self.tokens) * self.vocab * last
         into, out = head
@@ -250,12 +268,46 @@ class _Sizes:
         backward = (Matmul(self.tokens, into, out), Matmul(out, into, self.tokens)) if last else ()
         # The loss in float32: the logits are written, cast, exponentiated, summed; backward, made a gradient and cast.
         forward_bytes, backward_bytes = (10.0, 8.0) if self.program.fused else (14.0, 12.0)
+        tables = cleared = 0.0
+        if self.element == 4:
+            # TernLM's own: greatest, difference, exponential, sum; scaled to a gradient. Nothing is cast.
+            forward_bytes, backward_bytes = 24.0, 8.0
+            # The head's gradient is cleared, scaled by the sum's; the embedding's is cleared, or added to it if tied.
+            tables, cleared = 12.0 * table * last, table * (4.0 * first + 12.0 * (self.tied and first and last))
         return Stage(
             blocks,
             recomputed_blocks(blocks, self.config.compute.recompute),
-            Kernels(forward, 0.0, 0.0, embedding + forward_bytes * logits, 6 * last + 2 * first),
-            Kernels(backward, 0.0, 0.0, 2 * embedding + backward_bytes * logits, 8 * last + 2 * first),
+            Kernels(forward, 0.0, 0.0, embedding, forward_bytes * logits, 6 * last + 2 * first),
+            Kernels(
+                backward, 0.0, 0.0, 2 * embedding + cleared, backward_bytes * logits + tables, 8 * last + 2 * first
+            ),
         )
+
+    def fresh_bytes(self, own: Iterable[OwnStage]) -> float:
+        """Return the bytes of a microbatch's tensors so large that glibc maps each anew: those of over 32 MiB.
+
+        Smaller ones come from its heap, whose memory stays with the process.
+        """
+
+        def mapped(*shape: int, bytes: int = 4) -> float:
+            whole = float(bytes * math.prod(shape))
+            return whole if whole > LARGEST_IN_HEAP else 0.0
+
+        own, inner = list(own), mapped(self.tokens, self.inner, bytes=self.element)
+        stream = mapped(self.tokens, self.stream, bytes=self.element)
+        # Kept and passed on, forward; their gradients, backward.
+        block = 6 * inner + 12 * stream + sum(mapped(*product) for product in self.products())
+        chunk = min(self.config.loss.chunk_tokens or cpu_chunk_tokens(self.config.model.vocab_size), self.tokens)
+        logits = mapped(chunk, self.vocab) * self.tokens / chunk
+        table = mapped(self.vocab, self.hidden)
+        first, last = any(stage.first for stage in own), any(stage.last for stage in own)
+        tables = first + last + (self.tied and first and last)  # a tied one's two gradients make a third
+        return sum(len(stage.layers) for stage in own) * block + tables * table + last * logits
+
+
+def cpu_chunk_tokens(vocab_size: int) -> int:
+    """Return how many tokens' logits exist at a time on a CPU, where the settings leave it open."""
+    return max(2**27 // (4 * vocab_size), 64)
 
 
 def stage_parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) -> float:

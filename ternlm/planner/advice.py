@@ -93,12 +93,26 @@ def nearest_legal(config: Config, world: int, devices_per_node: int) -> Choice |
         cuts = sorted(shardings(moved, world), key=lambda cut: _cut_apart(cut, wanted, ranks))
         for cut in cuts[:8]:
             if _is_legal(cut, config, world):
-                return cut
+                return _all_ranks_as_typed(cut, wanted, ranks)
     return None
 
 
 _DEGREES = {"tensor": 4.0, "pipeline": 4.0, "context": 4.0, "stages_per_rank": 1.0, "microbatch_sequences": 1.0}
 """What a doubling weighs."""
+
+
+def _all_ranks_as_typed(cut: Choice, wanted: Choice, ranks: int) -> Choice:
+    """Return the cut with -1 for all ranks where the settings have that."""
+
+    def typed(size: int, before: int) -> int:
+        return -1 if (size, before) == (ranks, -1) else size
+
+    return replace(
+        cut,
+        params=typed(cut.params, wanted.params),
+        grads=typed(cut.grads, wanted.grads),
+        optimizer=typed(cut.optimizer, wanted.optimizer),
+    )
 
 
 def _is_legal(choice: Choice, config: Config, world: int) -> bool:

@@ -4,9 +4,13 @@ A cluster comes from a file that `tern calibrate` wrote, or is made of data shee
 nothing of a run. No torch here: plain numbers in, plain numbers out.
 """
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from ternlm.config.section import Section, setting
+
+NumberFormat = Literal["bfloat16", "float16", "float32"]
 
 
 class Rates(Section):
@@ -69,6 +73,9 @@ class Cluster(Section):
     reserve_gib: float = setting(0.0, "memory that isn't for tensors: driver, communication", unit="GiB", ge=0)
     fragmentation: float = setting(0.0, "memory lost between tensors, as a share of theirs", ge=0)
     peak_tflops: float = setting(..., "of one device, which MFU is measured against", unit="TFLOPS", gt=0)
+    dtype: NumberFormat = setting(
+        "bfloat16", "number format that the rates are of; bfloat16 and float16 are taken for alike"
+    )
     dollars_per_hour: float = setting(0.0, "price of one device for an hour; 0: not known", unit="dollars", ge=0)
     source: str = setting("", "where the figures are from")
     rates: Rates = setting(..., "of one device")

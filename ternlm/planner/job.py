@@ -16,7 +16,7 @@ from ternlm.planner.choice import choice_of
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.known import find_cluster
 from ternlm.planner.memory import GIB
-from ternlm.planner.plan import Plan
+from ternlm.planner.plan import Plan, in_format
 from ternlm.planner.resume import Done, read_checkpoint, resume_lines
 from ternlm.planner.scale import doublings, plot_scale, scale, scale_figures, scale_notes, scale_table
 from ternlm.planner.search import Search
@@ -84,7 +84,8 @@ class _Job:
     """One request, with everything it needs."""
 
     def __init__(self, request: Request, config: Config, cluster: Cluster, world: int, done: Done | None) -> None:
-        self.request, self.config, self.cluster, self.world, self.done = request, config, cluster, world, done
+        self.request, self.cluster, self.world, self.done = request, cluster, world, done
+        self.config = in_format(config, cluster)  # before anything else is said
         whole = float(config.train.steps * config.batch.global_sequences * config.data.seq_len)
         self.tokens = request.tokens or (done.tokens_left(config) if done else whole)
         self.console = Console()

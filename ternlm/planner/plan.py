@@ -116,10 +116,24 @@ def make_plan(
     `resolve_layout` would return, where the caller has it. Raises ConfigError where the layout isn't legal.
     """
     length = check_document_tokens(config, document_tokens)
+    config = in_format(config, cluster)
     layout = layout or resolve_layout(config, world)
     step = describe_step(config, layout, cluster.devices_per_node, document_tokens=length)
     time, memory = step_time(step, cluster), peak_memory(config, layout, cluster)
     return Plan(config, cluster, step, time, memory, length)
+
+
+def in_format(config: Config, cluster: Cluster) -> Config:
+    """Return the settings with `auto` as the cluster's number format; raises ConfigError where they ask for another."""
+    dtype = config.compute.dtype
+    if dtype == "auto":
+        return config.model_copy(update={"compute": config.compute.model_copy(update={"dtype": cluster.dtype})})
+    if (dtype == "float32") != (cluster.dtype == "float32"):
+        raise ConfigError(
+            f"compute.dtype = {dtype!r} can't be planned for with cluster {cluster.name!r}, whose rates are of "
+            f"{cluster.dtype}; set compute.dtype={cluster.dtype}, or measure with `tern calibrate --dtype {dtype}`"
+        )
+    return config
 
 
 def check_document_tokens(config: Config, document_tokens: int | None) -> int:

@@ -18,7 +18,7 @@ from ternlm.planner.bounds import MeshBound
 from ternlm.planner.choice import Choice, choice_of, meshes, recomputes, shardings
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.memory import GIB, peak_memory
-from ternlm.planner.plan import Plan, check_document_tokens, make_plan
+from ternlm.planner.plan import Plan, check_document_tokens, in_format, make_plan
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Search:
     """Finds the best layouts of one run."""
 
     def __init__(self, config: Config, cluster: Cluster, world: int, document_tokens: int | None = None) -> None:
-        self.config, self.cluster, self.world = config, cluster, world
+        self.config, self.cluster, self.world = in_format(config, cluster), cluster, world
         self.document_tokens = check_document_tokens(config, document_tokens)
         self.found = Found()
         self._messages: dict[str, str] = {}

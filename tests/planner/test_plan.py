@@ -184,6 +184,19 @@ def test_documents_shorten_attention_and_must_be_possible():
         make_plan(config, H100, 8, document_tokens=4096)
 
 
+def test_rates_of_one_number_format_are_not_taken_for_another():
+    slow = H100.model_copy(update={"dtype": "float32"})
+    with pytest.raises(
+        ConfigError, match=r"compute\.dtype = 'bfloat16' can't be planned for .* calibrate --dtype bfloat16"
+    ):
+        make_plan(internlm(8), slow, 8)
+    with pytest.raises(ConfigError, match=r"set compute\.dtype=bfloat16"):
+        Search(internlm(8, compute={"dtype": "float32"}), H100, 8)
+    auto = internlm(8, compute={"dtype": "auto"})
+    assert make_plan(auto, H100, 8).memory == make_plan(internlm(8, compute={"dtype": "bfloat16"}), H100, 8).memory
+    assert make_plan(auto, slow, 8).memory == make_plan(internlm(8, compute={"dtype": "float32"}), slow, 8).memory
+
+
 def test_every_choice_can_be_typed(tmp_path):
     config = internlm(32)
     recipe = tmp_path / "run.toml"

@@ -255,6 +255,7 @@ def check_file(path: Path, ranks_per_node: int, nodes: int) -> None:
     rates = cluster.rates
     assert min(rates.matmul_tflops, rates.attention_tflops, rates.memory_gb_s, rates.norms_gb_s, rates.loss_gb_s) > 0
     assert min(rates.update_gb_s, rates.fresh_gb_s, cluster.peak_tflops) > 0
+    assert cluster.dtype in cluster.source
     assert cluster.devices_per_node == ranks_per_node
     assert (cluster.links.node_gb_s > 0) == (ranks_per_node > 1)
     assert (cluster.links.network_gb_s > 0) == (cluster.links.hop_us > 0) == (nodes > 1)

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from ternlm.config.section import ConfigError
 from ternlm.config.training import ComputeConfig
 from ternlm.parallel.group import process_group
 from ternlm.parallel.launch import Launch, find_launch, log_from
-from ternlm.planner.cluster import Cluster
+from ternlm.planner.cluster import Cluster, NumberFormat
 from ternlm.planner.devices import peak_tflops
 from ternlm.train.calibration.cluster_file import check_writable, make_cluster, write_cluster
 from ternlm.train.calibration.kernels import Sizes, sizes_for
@@ -80,7 +81,7 @@ def _describe(
     if launch.world > 1:
         source += f", {links.nodes} nodes of {links.devices_per_node} ranks"
     shown = f"{name} x {links.devices_per_node}" if launch.world > 1 else name
-    return make_cluster(shown, name, memory / 2**30, peak, source, middle, links)
+    return make_cluster(shown, name, memory / 2**30, peak, cast(NumberFormat, number_format), source, middle, links)
 
 
 def _how(figures: DeviceFigures, links: LinkFigures, launch: Launch) -> dict[str, str]:

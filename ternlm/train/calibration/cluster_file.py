@@ -10,7 +10,7 @@ from pathlib import Path
 from ternlm.config.load import config_to_dict
 from ternlm.config.section import ConfigError, fields_of
 from ternlm.data.atomic import write_atomically
-from ternlm.planner.cluster import Cluster, Links, Rates
+from ternlm.planner.cluster import Cluster, Links, NumberFormat, Rates
 from ternlm.train.calibration.links import LinkFigures
 from ternlm.train.calibration.rates import DeviceFigures
 
@@ -20,13 +20,14 @@ def make_cluster(
     device: str,
     memory_gib: float,
     peak_tflops: float | None,
+    dtype: NumberFormat,
     source: str,
     figures: DeviceFigures,
     links: LinkFigures,
 ) -> Cluster:
     """Return the cluster of what was measured.
 
-    memory_gib: of one device. peak_tflops: by the data sheet; that of the fastest product if None.
+    memory_gib: of one device. dtype: measured in. peak_tflops: by the data sheet; that of the fastest product if None.
     """
     return Cluster(
         name=name,
@@ -34,6 +35,7 @@ def make_cluster(
         devices_per_node=links.devices_per_node,
         memory_gib=memory_gib,
         peak_tflops=peak_tflops or figures.largest_tflops,
+        dtype=dtype,
         source=source,
         rates=figures.rates,
         links=Links(node_gb_s=links.node_gb_s, network_gb_s=links.network_gb_s, hop_us=links.hop_us),

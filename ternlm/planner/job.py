@@ -92,6 +92,8 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         """Print what was asked; return its figures."""
+        if self.config.optimizer.kind == "muon":
+            self.console.print("Muon is counted as AdamW: its iterations take longer, its states less memory.")
         if self.request.scale_to:
             return self.scale()
         if self.request.search or self.done or self.config.parallel.auto:

@@ -238,6 +238,13 @@ def test_requests_that_mean_nothing_are_refused(tmp_path):
             run_plan(request)
 
 
+def test_what_isnt_counted_is_said(capsys):
+    run_plan(Request(("internlm_7b",), nodes=2))
+    assert "Muon" not in capsys.readouterr().out
+    run_plan(Request(("internlm_7b", "optimizer.kind=muon"), nodes=2))
+    assert "Muon is counted as AdamW" in capsys.readouterr().out
+
+
 def test_a_plan_says_that_it_does_not_fit_and_what_would(capsys):
     run_plan(Request(("internlm_20b", "parallel.tensor=1"), nodes=8))
     said = capsys.readouterr().out

@@ -52,10 +52,7 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        if self.auto:
-            chosen = ("pipeline", "context", "tensor", "context_method", "pipeline_schedule", "stages_per_rank")
-            refuse_ignored(self, chosen, "auto = true", "set auto to false")
-        else:
+        if not self.auto:
             refuse_ignored(self, ("cluster",), "auto = false", "set auto to true")
         if self.tensor == 1:
             refuse_ignored(self, ("sequence",), "tensor = 1", "raise tensor")

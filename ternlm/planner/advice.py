@@ -11,18 +11,21 @@ from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
 from ternlm.planner.choice import Choice, choice_of, meshes, recomputes, shardings
 from ternlm.planner.cluster import Cluster
-from ternlm.planner.plan import Plan, make_plan
+from ternlm.planner.plan import Plan, check_document_tokens, in_format, make_plan
 
 
 def plan_or_advise(config: Config, cluster: Cluster, world: int, document_tokens: int | None = None) -> Plan:
     """Predict a run; where its layout isn't legal, raise ConfigError that names the nearest one that is."""
+    check_document_tokens(config, document_tokens)
+    config = in_format(config, cluster)
     try:
-        return make_plan(config, cluster, world, document_tokens)
+        layout = resolve_layout(config, world)
     except ConfigError as error:
         nearest = nearest_legal(config, world, cluster.devices_per_node)
         if nearest is None:
             raise
         raise ConfigError(f"{error}\nnearest legal: {' '.join(nearest.overrides(choice_of(config)))}") from error
+    return make_plan(config, cluster, world, document_tokens, layout)
 
 
 def cheapest_changes(

@@ -11,6 +11,9 @@ from ternlm.planner.search import Search
 
 logger = logging.getLogger(__name__)
 
+MEMORY_SHARE = 0.92
+"""Of a device's memory, that a chosen layout may be predicted to need."""
+
 
 def take_best(config: Config, world: int, device: str = "", devices_per_node: int = 8) -> Config:
     """Return the settings with the fastest layout of `world` devices where `parallel.auto` is set, else unchanged.
@@ -21,7 +24,9 @@ def take_best(config: Config, world: int, device: str = "", devices_per_node: in
     if not config.parallel.auto:
         return config
     cluster = find_cluster(config.parallel.cluster) if config.parallel.cluster else _named(device, devices_per_node)
-    choice, plan = Search(config, cluster, world).run(1).best[0]
+    # Peak memory is predicted to about 5%: a run that starts by itself keeps away from the limit.
+    careful = cluster.model_copy(update={"memory_gib": cluster.memory_gib * MEMORY_SHARE})
+    choice, plan = Search(config, careful, world).run(1).best[0]
     chosen = choice.checked_in(config)
     logger.info(
         "parallel.auto chose %s: %.0f tokens/s a device predicted on %s",

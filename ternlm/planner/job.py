@@ -113,6 +113,9 @@ class _Job:
         if self.done:
             for line in resume_lines(self.config, self.done, self.world):
                 self.console.print(line, highlight=False)
+            if self.done.step >= self.config.train.steps:
+                self.console.print("The run is complete; to go on, raise train.steps.", highlight=False)
+                return {"complete": True}
         with Console(stderr=True).status(f"looking through the layouts of {self.world:,} devices"):
             search = Search(self.config, self.cluster, self.world, self.request.document_tokens)
             found = search.run(self.request.top)

@@ -31,7 +31,9 @@ def read_checkpoint(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Conf
     try:
         progress = json.loads(state.read_text(encoding="utf-8"))["progress"]
         done = Done(int(progress["step"]), int(progress["tokens"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if done.step < 0 or done.tokens < 0:
+            raise ValueError(f"step {done.step} and tokens {done.tokens} must be at least 0")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(f"{state} can't be read ({error}); take another checkpoint") from error
     return load_config(recipe, overrides), done
 

@@ -56,12 +56,21 @@ class Search:
         while queue and queue[0][0] < self._to_beat(count):
             _, _, mesh = heapq.heappop(queue)
             best = self._best_of(mesh, self._to_beat(count))
-            if best:
+            if best and not self._same_under_another_name(best):
                 found.best = sorted([*found.best, best], key=lambda one: one[1].time.seconds)[:count]
         found.slower = len(queue)
         if not found.best:
             raise ConfigError(self._nothing_fits())
         return found
+
+    def _same_under_another_name(self, found: tuple[Choice, Plan]) -> bool:
+        """Whether context parallelism and larger microbatches only come to what is there without."""
+        choice, plan = found
+        return choice.context > 1 and any(
+            other.time.seconds == plan.time.seconds and other.memory.bytes == plan.memory.bytes
+            for simpler, other in self.found.best
+            if simpler.context < choice.context
+        )
 
     def _to_beat(self, count: int) -> float:
         best = self.found.best
@@ -69,17 +78,18 @@ class Search:
 
     def _legal_meshes(self) -> Iterator[Choice]:
         for mesh in meshes(self.config, self.world, self.cluster.devices_per_node):
-            problem = self._problem(self._smallest(mesh)) and self._problem(mesh)
+            problem = (self._problem(self._smallest(mesh)) and self._problem(mesh)) or self._setting_problem(mesh)
             if problem:
                 self._refuse(problem)
                 continue
-            least = min(self._memory(choice) for choice in (self._smallest(one) for one in self._recomputes(mesh)))
+            tried = [self._smallest(one) for one in self._recomputes(mesh)]
+            least, smallest = min(((self._memory(one), one) for one in tried), key=lambda found: found[0])
             if least <= self.cluster.memory_gib * GIB:
                 yield mesh
                 continue
             self.found.too_large += 1
             if self.found.least is None or least < self.found.least[0]:
-                self.found.least = least, mesh
+                self.found.least = least, smallest
 
     def _recomputes(self, mesh: Choice) -> Iterator[Choice]:
         """Yield the mesh with each legal recompute."""
@@ -99,6 +109,14 @@ class Search:
         """Return why a choice isn't legal, None where it is."""
         try:
             resolve_layout(choice.in_config(self.config), self.world)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _setting_problem(self, mesh: Choice) -> str | None:
+        """Return which other setting has no meaning with a mesh, None where all have."""
+        try:
+            mesh.checked_in(self.config)
         except ConfigError as error:
             return str(error)
         return None
@@ -148,7 +166,7 @@ class Search:
         least, choice = found.least
         return (
             f"no layout of {self.world} devices of {self.cluster.memory_gib:g} GiB fits: the least is "
-            f"{least / GIB:.1f} GiB, with all states cut and all blocks recomputed, at "
+            f"{least / GIB:.1f} GiB, at "
             f"{' '.join(choice.overrides(choice_of(self.config))) or 'the degrees of the recipe'}; take more devices, "
             "ones with more memory, shorter sequences or a smaller model"
         )

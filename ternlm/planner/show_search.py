@@ -27,7 +27,8 @@ def search_tables(found: Found, config: Config) -> Group:
         figures = f"{plan.tokens_per_second:,.0f}", f"{plan.mfu.full:.1%}", f"{plan.memory.bytes / GIB:.1f}"
         settings = " ".join(choice.overrides(before)) or "as in the recipe"
         table.add_row(str(number), *figures, settings, loses_by(plan, fastest) if number > 1 else "")
-    typed = " ".join(best.overrides(before)) or "nothing: the recipe has it"
+    auto = ["parallel.auto=false", "parallel.cluster="] if config.parallel.auto else []
+    typed = " ".join([*auto, *best.overrides(before)]) or "nothing: the recipe has it"
     return Group(table, f"The first: {layout_words(fastest.layout)}", f"To take it, add: {typed}", "", *_refused(found))
 
 
@@ -71,7 +72,7 @@ def _refused(found: Found) -> list[str]:
         lines.append(f"  {found.slower:,} meshes that would be slower than all of these, had they all memory they want")
     if found.too_large and found.least:
         lines.append(
-            f"  {found.too_large:,} meshes that don't fit, with all states cut and all blocks recomputed; the least "
+            f"  {found.too_large:,} meshes that don't fit, however cut and recomputed; the least "
             f"of them needs {found.least[0] / GIB:.1f} GiB"
         )
     lines += [f"  {count:,} meshes: {message}" for message, count in found.illegal.most_common()]

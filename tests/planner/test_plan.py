@@ -146,18 +146,19 @@ def test_auto_takes_the_best_for_the_device_and_may_be_saved():
     chosen = take_best(config, 16, "NVIDIA H100 80GB HBM3", 8)
     assert not chosen.parallel.auto
     layout = resolve_layout(chosen, 16)
-    best = Search(config, H100, 16).run(1).best[0][1]
+    careful = H100.model_copy(update={"memory_gib": 0.92 * 80})
+    best = Search(config, careful, 16).run(1).best[0][1]
     assert make_plan(chosen, H100, 16, layout=layout).time.seconds == pytest.approx(best.time.seconds)
     assert config_from_dict(config_to_dict(chosen)) == chosen
     assert take_best(chosen, 16) is chosen
 
 
-def test_auto_refuses_unknown_devices_and_degrees_of_its_own():
+def test_auto_refuses_unknown_devices_and_replaces_degrees():
     config = config_from_dict({**config_to_dict(internlm(8)), "parallel": {"auto": True}})
     with pytest.raises(ConfigError, match=r"doesn't know the device 'cpu'; set parallel\.cluster"):
         take_best(config, 8, "cpu")
-    with pytest.raises(ConfigError, match=r"tensor = 2 has no effect with auto = true"):
-        settings({"parallel": {"auto": True, "tensor": 2, "allow_untested": False}})
+    twenty = load_config("internlm_20b", ["parallel.auto=true"])  # whose tensor is 4
+    assert resolve_layout(take_best(twenty, 64, "NVIDIA H100 80GB HBM3"), 64)
     with pytest.raises(ConfigError, match=r"cluster = 'h100x8' has no effect with auto = false"):
         settings({"parallel": {"cluster": "h100x8"}})
 

@@ -89,7 +89,8 @@ def nearest_legal(config: Config, world: int, devices_per_node: int) -> Choice |
 
     base = replace(wanted, params=1, grads=1, optimizer=1)
     names = ("pipeline", "context", "tensor", "context_method", "pipeline_schedule", "stages_per_rank")
-    candidates = sorted(meshes(config, world, devices_per_node), key=apart)
+    own = [wanted] if world % (wanted.pipeline * wanted.context * wanted.tensor) == 0 else []
+    candidates = [*own, *sorted(meshes(config, world, devices_per_node), key=apart)]
     for mesh in candidates:
         moved = replace(base, **{name: getattr(mesh, name) for name in (*names, "microbatch_sequences")})
         ranks = world // moved.pipeline // moved.tensor

@@ -114,6 +114,11 @@ def test_what_fits_nowhere_is_refused_with_the_least_it_needs():
     [
         ({"parallel": {"tensor": 3}}, 8, "nearest legal: parallel.tensor="),
         ({"sharding": {"grads": 3, "optimizer": 6}}, 8, "sharding.grads=4 sharding.optimizer=8"),
+        (
+            {"batch": {"microbatch_sequences": 3, "global_sequences": 48}, "sharding": {"grads": 7}},
+            8,
+            "sharding.grads=8",
+        ),
         ({"parallel": {"pipeline": 3}}, 8, "nearest legal: parallel.pipeline=4"),
     ],
 )
@@ -121,6 +126,7 @@ def test_a_layout_that_is_not_legal_names_the_nearest_that_is(changes, world, ne
     with pytest.raises(ConfigError, match=r"must .*\nnearest legal: .*") as caught:
         plan_or_advise(small(**changes), H100, world)
     assert nearest in str(caught.value)
+    assert "microbatch" not in str(caught.value).partition("nearest")[2]  # what is legal stays
     choice = nearest_legal(small(**changes), world, 8)
     assert choice
     resolve_layout(choice.checked_in(small(**changes)), world)

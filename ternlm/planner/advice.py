@@ -84,7 +84,7 @@ def nearest_legal(config: Config, world: int, devices_per_node: int) -> Choice |
 
     def apart(choice: Choice) -> float:
         return sum(
-            weight * abs(_steps(getattr(choice, name), getattr(wanted, name))) for name, weight in _DEGREES.items()
+            weight * _steps(getattr(choice, name), getattr(wanted, name)) for name, weight in _DEGREES.items()
         ) + ((choice.pipeline_schedule != wanted.pipeline_schedule) + (choice.context_method != wanted.context_method))
 
     base = replace(wanted, params=1, grads=1, optimizer=1)
@@ -128,7 +128,7 @@ def _is_legal(choice: Choice, config: Config, world: int) -> bool:
 
 
 def _steps(one: int, other: int) -> float:
-    """Return how many doublings lie between two degrees."""
+    """Return how far apart two degrees are, the root of their ratio less 1: 0 for the same, 1 for twice as many."""
     return abs((one / other if one > other else other / one) - 1) ** 0.5
 
 

@@ -11,6 +11,7 @@ from ternlm.config.stages import own_stages
 from ternlm.planner.choice import Choice
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.step_time import RankTime, describe_step, first_ranks
+from ternlm.planner.step_traffic import reduced_bytes
 from ternlm.planner.traffic import Traffic, axis_ranks, lie_on_several_nodes
 from ternlm.planner.work import accumulate_bytes, stage_parameters, update_bytes
 
@@ -25,7 +26,7 @@ class MeshBound:
         self.microbatches, self.element = step.work.microbatches, step.work.element_bytes
         self.ranks = [RankTime(step, cluster, rank) for rank in first_ranks(step)]
         self.parameters = {rank.rank: self._parameters(rank.rank, step.layout) for rank in self.ranks}
-        self.reduced = {"float32": 4, "bfloat16": 2}[config.sharding.reduce_dtype]
+        self.reduced = reduced_bytes(config)
 
     def seconds(self, layout: Layout) -> float:
         """Return a time that a step with states cut as in `layout` doesn't beat."""

@@ -38,11 +38,6 @@ class Choice:
     grads: int = 1
     optimizer: int = 1
 
-    @property
-    def mesh(self) -> "Choice":
-        """The same without what is decided last: recompute and sharding."""
-        return replace(self, recompute=0.0, recompute_keep="nothing", params=1, grads=1, optimizer=1)
-
     def layout(self, world: int) -> Layout:
         """Return its numbers; all checks are `resolve_layout`'s."""
         return Layout(world, self.pipeline, self.context, self.tensor, self.params, self.grads, self.optimizer)

@@ -13,7 +13,7 @@ from ternlm.config.stages import OwnStage
 from ternlm.config.training import recomputed_blocks
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.step_traffic import chunk_tokens
-from ternlm.planner.work import Program, program_stages
+from ternlm.planner.work import Program, element_bytes, program_stages
 
 GIB = 2**30
 KINDS = ("weights", "gathered", "gradients", "optimizer", "activations", "logits", "communication", "reserve")
@@ -61,7 +61,7 @@ class _RankMemory:
         model = config.model
         self.stages: Sequence[OwnStage] = program_stages(config, layout.pipeline, rank, program)
         self.sequence = layout.tensor if config.parallel.sequence else 1
-        self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
+        self.element = element_bytes(config)
         self.tokens = config.batch.microbatch_sequences * config.data.seq_len // layout.context
         self.microbatches = config.batch.global_sequences // (config.batch.microbatch_sequences * layout.data)
         self.last = any(stage.last for stage in self.stages)

@@ -16,6 +16,7 @@ from ternlm.config.run import Config
 from ternlm.config.stages import own_stages
 from ternlm.config.training import recomputed_blocks
 from ternlm.planner.traffic import Traffic, add_up, axis_ranks, lie_on_several_nodes, world_axis
+from ternlm.planner.work import element_bytes
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 _JOINED_ELEMENTS = 2**26  # pieces that cross groups go together, in calls of about so many elements
@@ -99,8 +100,8 @@ class _Step:
         self.devices_per_node = devices_per_node
         self.stages = stages = own_stages(config, layout.pipeline, place.pipeline)
         self.axes = axis_ranks(layout, place)
-        self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
-        self.reduced = {"float32": 4, "bfloat16": 2}[config.sharding.reduce_dtype]
+        self.element = element_bytes(config)
+        self.reduced = reduced_bytes(config)
         self.rows = config.batch.microbatch_sequences
         self.microbatches = config.batch.global_sequences // (self.rows * layout.data)
         self.tokens = config.data.seq_len // layout.context
@@ -274,6 +275,11 @@ class _Step:
         """Return how many rows this rank's optimizer updates."""
         own = (self.place.data * self.layout.context + self.place.context) % self.layout.optimizer
         return _part(self._shard_rows(parameter), self.layout.across, own // self.layout.shard)
+
+
+def reduced_bytes(config: Config) -> int:
+    """Return the bytes of a number in which gradients are summed over ranks."""
+    return 4 if config.sharding.reduce_dtype == "float32" else 2
 
 
 def chunk_tokens(config: Config) -> int:

@@ -178,6 +178,11 @@ def accumulate_bytes(parameters: float, layout: Layout, element: int = 2) -> flo
     return parameters * (8.0 + element) / layout.grads
 
 
+def element_bytes(config: Config) -> int:
+    """Return the bytes of a number in the products' format; `auto` is taken for bfloat16."""
+    return 4 if config.compute.dtype == "float32" else 2
+
+
 class _Sizes:
     """Sizes of one rank's tensors."""
 
@@ -195,7 +200,7 @@ class _Sizes:
         self.tied = model.tie_word_embeddings
         # Norms and residuals are cut along the sequence.
         self.stream = self.hidden // layout.tensor if config.parallel.sequence else self.hidden
-        self.element = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}[config.compute.dtype]
+        self.element = element_bytes(config)
 
     def products(self) -> list[tuple[int, int]]:
         """Return in and out of a block's matrices, those with the same input as one."""

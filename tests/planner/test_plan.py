@@ -47,8 +47,8 @@ def everything(config, cluster, world):
                 except ConfigError:
                     continue
                 if plan.fits:
-                    best = fastest.get(choice.mesh)
-                    fastest[choice.mesh] = min(best or plan.time.seconds, plan.time.seconds)
+                    best = fastest.get(mesh)
+                    fastest[mesh] = min(best or plan.time.seconds, plan.time.seconds)
     return sorted(fastest.values())
 
 

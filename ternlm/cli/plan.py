@@ -7,16 +7,19 @@ import typer
 
 from ternlm.cli.options import Overrides
 
+RecipeOrNone = Annotated[
+    str | None, typer.Argument(help="A TOML file, or the name of one in the folder recipes.", show_default=False)
+]
+ClusterName = Annotated[
+    str,
+    typer.Option(help="Known one, such as h100x8 or h100x8@800 (Gb/s of a node), or a file of `tern calibrate`."),
+]
+
 
 def plan(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A TOML file, or the name of one in the folder recipes.", show_default=False)
-    ] = None,
+    recipe: RecipeOrNone = None,
     overrides: Overrides = None,
-    cluster: Annotated[
-        str,
-        typer.Option(help="Known one, such as h100x8 or h100x8@800 (Gb/s of a node), or a file of `tern calibrate`."),
-    ] = "h100x8",
+    cluster: ClusterName = "h100x8",
     nodes: Annotated[int, typer.Option(help="Nodes of the run.", min=1)] = 1,
     devices: Annotated[
         int | None, typer.Option(help="Devices of the run, instead of --nodes.", min=1, show_default=False)

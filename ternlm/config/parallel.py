@@ -20,8 +20,8 @@ class ParallelConfig(Section):
     )
     cluster: str = setting(
         "",
-        "auto: what to plan for, a known cluster such as h100x8 or a file that `tern calibrate` wrote; what the "
-        "device's name says if not given",
+        "what the planner takes the devices for: a known cluster such as h100x8 or a file that `tern calibrate` "
+        "wrote; what the device's name says if not given",
     )
     pipeline: int = setting(1, "stages that the layers are cut into", unit="ranks", gt=0)
     context: int = setting(1, "ranks that share each sequence", unit="ranks", gt=0)
@@ -52,8 +52,6 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
-        if not self.auto:
-            refuse_ignored(self, ("cluster",), "auto = false", "set auto to true")
         if self.tensor == 1:
             refuse_ignored(self, ("sequence",), "tensor = 1", "raise tensor")
         if self.context == 1:

@@ -165,6 +165,22 @@ class MonitorConfig(Section):
     )
     jsonl: bool = setting(True, "write metrics.jsonl into the run's folder")
     tensorboard: bool = setting(False, "write TensorBoard events (extra `tensorboard`)")
+    plan_every_steps: int = setting(
+        0,
+        "steps between two comparisons of a step's parts with what the planner predicts of them; needs a cluster that "
+        "it knows: parallel.cluster, or a device that it has the data sheet of; 0: never",
+        unit="steps",
+        ge=0,
+    )
+    plan_bound: float = setting(
+        0.1, "share of the predicted step by which one part may be off before a warning names it", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "MonitorConfig":
+        if not self.plan_every_steps:
+            refuse_ignored(self, ("plan_bound",), "plan_every_steps = 0", "set plan_every_steps above 0")
+        return self
 
 
 class ValidationConfig(Section):

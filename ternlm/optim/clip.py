@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece
+from ternlm.parallel.spans import exchange
 
 
 def gradient_norm(pieces: Sequence[Piece], mesh: Mesh) -> Tensor:
@@ -19,7 +20,8 @@ def gradient_norm(pieces: Sequence[Piece], mesh: Mesh) -> Tensor:
     if mesh.layout.world == 1:
         return norm
     square = norm.to(mesh.device, torch.float64).square()
-    dist.all_reduce(square)
+    with exchange("all_reduce", "world"):
+        dist.all_reduce(square)
     return square.sqrt().float()
 
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ternlm.config.layout import Layout, Place
+from ternlm.parallel.spans import exchange
 
 T = TypeVar("T")
 
@@ -70,12 +71,21 @@ class Mesh:
         dist.all_gather_object(values, value, group=self.pipeline)
         return next(told for told in values if told is not None)
 
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in their order. Collective: every rank must call it."""
+        if self.layout.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.layout.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op)
-        return tensor.tolist()
+        with exchange("all_reduce", "world"):
+            dist.all_reduce(tensor, op)
+            return tensor.tolist()
 
 
 def one_rank(device: torch.device) -> Mesh:

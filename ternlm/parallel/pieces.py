@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ternlm.parallel.mesh import Mesh
+from ternlm.parallel.spans import exchange
 from ternlm.parallel.tensor import cut_dimension, has_partial_gradient
 
 
@@ -77,7 +78,8 @@ def reduce_gradients(pieces: Sequence[Piece], mesh: Mesh) -> None:
     partial = [piece.tensor.grad for piece in pieces if piece.partial and piece.tensor.grad is not None]
     if partial and mesh.tensor is not None:
         joined = torch.cat([gradient.flatten() for gradient in partial])
-        dist.all_reduce(joined, group=mesh.tensor)
+        with exchange("all_reduce", "tensor"):
+            dist.all_reduce(joined, group=mesh.tensor)
         for gradient, part in zip(partial, joined.split([g.numel() for g in partial]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
@@ -95,7 +97,8 @@ def gather_updates(pieces: Sequence[Piece], mesh: Mesh) -> None:
         for piece, part in zip(group, own.split(sizes), strict=True):
             part[: piece.tensor.numel()].copy_(piece.tensor.flatten())
         joined = own.new_empty(size * own.numel())
-        dist.all_gather_into_tensor(joined, own, mesh.across)
+        with exchange("all_gather", "across"):
+            dist.all_gather_into_tensor(joined, own, mesh.across)
         columns = joined.view(size, -1).split(sizes, dim=1)
         for shard, parts in zip(shards, columns, strict=True):
             shard.copy_(parts.flatten()[: shard.numel()].view_as(shard))
@@ -162,9 +165,11 @@ def _reduce_across(pieces: Sequence[Piece], mesh: Mesh) -> None:
             padded = torch.nn.functional.pad(flat, (0, size * part.shape[1] - flat.numel()))
             part.copy_(padded.view(size, -1))
         own = joined.new_empty(joined.shape[1])
-        dist.reduce_scatter_tensor(own, joined.flatten(), group=mesh.across)
+        with exchange("reduce_scatter", "across"):
+            dist.reduce_scatter_tensor(own, joined.flatten(), group=mesh.across)
         if mesh.replicas is not None:
-            dist.all_reduce(own, group=mesh.replicas)
+            with exchange("all_reduce", "replicas"):
+                dist.all_reduce(own, group=mesh.replicas)
         for piece, part in zip(group, own.split(sizes), strict=True):
             piece.tensor.grad = part[: piece.tensor.numel()].view_as(piece.tensor)
             piece.parameter.grad = None

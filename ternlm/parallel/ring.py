@@ -31,6 +31,7 @@ from ternlm.ops.tiles import (
     attend_segments_backward,
     merge_,
 )
+from ternlm.parallel.spans import exchange
 
 # Messages of two kinds are under way to the same rank at once in backward; gloo tells them apart by tag.
 _KEYS, _GRADIENTS = 1, 2
@@ -222,8 +223,9 @@ class _Ring:
         )
 
         def wait() -> Tensor:
-            for work in works:
-                work.wait()
+            with exchange("send", "context"):
+                for work in works:
+                    work.wait()
             return received
 
         return wait

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from ternlm.ops.loss import VocabShard
 from ternlm.parallel.collectives import copy_to_ranks, gather_sequence, scatter_sequence, sum_over_ranks
+from ternlm.parallel.spans import exchange
 
 PLAN: dict[str, int | None] = {
     "model.embed_tokens.weight": 0,
@@ -126,7 +127,8 @@ def _embedding(embedding: nn.Embedding, group: ProcessGroup, leave: Any) -> Call
 def _head(head: nn.Linear, group: ProcessGroup) -> Callable[..., Any]:
     def reduce(values: Tensor, op: Any) -> Tensor:
         values = values.contiguous()
-        dist.all_reduce(values, op, group)
+        with exchange("all_reduce", "tensor"):
+            dist.all_reduce(values, op, group)
         return values
 
     def head_forward(hidden_BTD: Tensor, consume: Callable[..., Any] | None = None) -> Any:

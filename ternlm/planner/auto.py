@@ -23,7 +23,7 @@ def take_best(config: Config, world: int, device: str = "", devices_per_node: in
     """
     if not config.parallel.auto:
         return config
-    cluster = find_cluster(config.parallel.cluster) if config.parallel.cluster else _named(device, devices_per_node)
+    cluster = cluster_of(config, "parallel.auto = true", device, devices_per_node)
     # Peak memory is predicted to about 5%: a run that starts by itself keeps away from the limit.
     careful = cluster.model_copy(update={"memory_gib": cluster.memory_gib * MEMORY_SHARE})
     choice, plan = Search(config, careful, world).run(1).best[0]
@@ -37,11 +37,17 @@ def take_best(config: Config, world: int, device: str = "", devices_per_node: in
     return chosen
 
 
-def _named(device: str, devices_per_node: int) -> Cluster:
+def cluster_of(config: Config, asked: str, device: str, devices_per_node: int) -> Cluster:
+    """Return what `parallel.cluster` names, else the known cluster of such devices.
+
+    asked: the setting that needs it. device: as PyTorch names it. Raises ConfigError where it isn't known.
+    """
+    if config.parallel.cluster:
+        return find_cluster(config.parallel.cluster)
     for name, sheet in sheets().items():
         if sheet.name == device:
             return find_cluster(f"{name}x{devices_per_node}")
     raise ConfigError(
-        f"parallel.auto = true doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
+        f"{asked} doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
         f"{', '.join(f'{name}x{devices_per_node}' for name in sheets())}, or to a file that `tern calibrate` wrote"
     )

@@ -28,6 +28,8 @@ class Every:
 
     due: Callable[[int], bool]
     act: Callable[[], dict[str, float]]
+    before: Callable[[list[Batch]], None] | None = None
+    """What to do before such a step, which is given its microbatches."""
 
 
 def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, extras: Sequence[Every] = ()) -> None:
@@ -48,6 +50,9 @@ def train_loop(run: Run, batches: Iterable[list[Batch]], reporter: Reporter, ext
     with StopSignals() as signals:
         try:
             for microbatches in batches:
+                for every in extras:
+                    if every.before and every.due(progress.step + 1):
+                        every.before(microbatches)
                 facts = train_step(run, microbatches)
                 step_seconds = time.monotonic() - now
                 extra: dict[str, float] = {}

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from ternlm.data.batch import Batch
 from ternlm.optim.clip import gradient_norm, scale_gradients
 from ternlm.parallel.mesh import Mesh
 from ternlm.parallel.pieces import Piece, clear_gradients, gather_updates, reduce_gradients
+from ternlm.parallel.spans import OPTIMIZER
 from ternlm.train.distributed import Autocast, LaidOut
 from ternlm.train.objective import Loss, LossFn
 
@@ -73,12 +75,15 @@ def update_weights(
     Where the norm isn't finite, or `apply` is false, the weights stay as they are. Collective.
     """
     reduce_gradients(pieces, mesh)
-    norm = gradient_norm(pieces, mesh) / divisor
-    value = float(norm)
-    if apply and math.isfinite(value):
-        scale_gradients(pieces, norm, divisor, clip_norm)
-        for optimizer in optimizers:
-            optimizer.step()
+    with record_function(OPTIMIZER):
+        norm = gradient_norm(pieces, mesh) / divisor
+        value = float(norm)
+        applied = apply and math.isfinite(value)
+        if applied:
+            scale_gradients(pieces, norm, divisor, clip_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+    if applied:
         gather_updates(pieces, mesh)
     clear_gradients(pieces)
     return value

@@ -121,6 +121,11 @@ def train(
     from ternlm.config import load_config
 
     settings = load_config(recipe, overrides or [])  # before torch loads: a mistake shows at once
+    from ternlm.config.layout import resolve_layout
+    from ternlm.parallel.launch import find_launch
+
+    if not settings.parallel.auto:
+        resolve_layout(settings, find_launch().world)
     from ternlm.infer.text import continue_texts
     from ternlm.train.pretrain import pretrain
 

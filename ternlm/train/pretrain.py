@@ -49,6 +49,8 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
     launch = find_launch()
     log_from(launch)
+    if not config.parallel.auto:  # before a device is touched
+        resolve_layout(config, launch.world)
     device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
     config = take_best(config, launch.world, device_name(device), launch.node_ranks)
     layout = resolve_layout(config, launch.world)

@@ -44,6 +44,18 @@ def sheets() -> dict[str, Sheet]:
     return load_section(_Sheets, Path(__file__).with_name("known.toml")).sheets
 
 
+def sheets_of(device: str, memory_gib: float = 0.0) -> list[str]:
+    """Return the known devices that one may be by the name PyTorch gives it, the slowest first.
+
+    memory_gib: as PyTorch sees it, by which devices of one name are told apart; 0: not known.
+    """
+    found = {name: sheet for name, sheet in sheets().items() if sheet.name == device}
+    if memory_gib:
+        nearest = min((abs(sheet.memory_gib - memory_gib) for sheet in found.values()), default=0.0)
+        found = {name: sheet for name, sheet in found.items() if abs(sheet.memory_gib - memory_gib) == nearest}
+    return sorted(found, key=lambda name: (found[name].power_watt, found[name].memory_gb_s, found[name].node_gb_s))
+
+
 def find_cluster(name: str, attention: str = "flash2") -> Cluster:
     """Return the cluster of a name or of a file; raises ConfigError that lists the known ones."""
     path = Path(name)

@@ -14,6 +14,7 @@ from ternlm.planner.memory import GIB
 from ternlm.planner.plan import DAY, MEMORY_ERROR, Plan
 from ternlm.planner.units import human_count, human_seconds
 
+NEAR_LIMIT = f"within the planner's error of {MEMORY_ERROR:.0%} of the limit: try it for some steps first."
 SHOWN = 5e-4
 """Share of a step from which a part has a line of its own."""
 
@@ -105,7 +106,7 @@ def _verdict(plan: Plan) -> list[str]:
     free = plan.cluster.memory_gib - plan.memory.bytes / GIB
     fit = f"Fits, with {free:.1f} GiB to spare." if plan.fits else f"Does NOT fit: {-free:.1f} GiB too much."
     if plan.fits_barely:
-        fit = f"Fits, with {free:.1f} GiB to spare, but within the planner's error of {MEMORY_ERROR:.0%}: try it first."
+        fit = f"Fits, with {free:.1f} GiB to spare, but {NEAR_LIMIT}"
     return [
         f"{human_seconds(plan.time.seconds)} a step, {plan.tokens_per_second:,.0f} tokens/s a device, "
         f"{plan.tokens_per_second * plan.layout.world:,.0f} in all",

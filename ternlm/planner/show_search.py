@@ -13,7 +13,7 @@ from ternlm.planner.length import run_length
 from ternlm.planner.memory import GIB
 from ternlm.planner.plan import Plan
 from ternlm.planner.search import Found
-from ternlm.planner.show import layout_words
+from ternlm.planner.show import NEAR_LIMIT, layout_words
 
 
 def search_tables(found: Found, config: Config) -> Group:
@@ -29,7 +29,9 @@ def search_tables(found: Found, config: Config) -> Group:
         settings = " ".join(choice.overrides(before, plan.layout.world)) or "as in the recipe"
         table.add_row(str(number), *figures, settings, loses_by(plan, fastest) if number > 1 else "")
     typed = " ".join(best.overrides(before, fastest.layout.world)) or "nothing: the recipe has it"
-    return Group(table, f"The first: {layout_words(fastest.layout)}", f"To take it, add: {typed}", "", *_refused(found))
+    said = [f"The first: {layout_words(fastest.layout)}", f"To take it, add: {typed}"]
+    said += [f"Its memory is {NEAR_LIMIT}"] * fastest.fits_barely
+    return Group(table, *said, "", *_refused(found))
 
 
 def search_figures(found: Found, config: Config, tokens: float, first: int = 0) -> dict[str, Any]:

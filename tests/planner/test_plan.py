@@ -5,7 +5,8 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from planned_runs import internlm, settings
+from planned_runs import internlm
+from small_runs import settings
 
 from ternlm.config import config_from_dict, config_to_dict, load_config, render
 from ternlm.config.layout import resolve_layout

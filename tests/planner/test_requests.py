@@ -6,7 +6,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-from planned_runs import internlm, settings
+from planned_runs import internlm
+from small_runs import settings
 
 from ternlm.config import config_from_dict, config_to_dict, load_config, render
 from ternlm.config.section import ConfigError
@@ -241,7 +242,9 @@ def test_a_plan_within_the_planners_error_of_the_limit_is_warned_of(recipe, plan
         plan = replace(plan, cluster=H100.model_copy(update={"memory_gib": limit}))
         assert (plan.fits, plan.fits_barely) == (fits, barely)
         said = str(plan_tables(plan, run_length(plan, 1e9)).renderables)
-        assert ("but within the planner's error of 8%" in said) is barely
+        assert ("but within the planner's error of 8% of the limit" in said) is barely
+    _, said = planned(Request(("internlm_20b",), nodes=32, top=1, search=True))
+    assert "Its memory is within the planner's error of 8% of the limit" in said
 
 
 def test_a_part_of_a_step_that_nothing_is_known_of_is_explained_as_well(recipe):

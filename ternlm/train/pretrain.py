@@ -52,7 +52,7 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     if not config.parallel.auto:  # before a device is touched
         resolve_layout(config, launch.world)
     device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
-    seen = device_name(device), launch.node_ranks, device_memory_gib(device)
+    seen = device_name(device), launch.node_size, device_memory_gib(device)
     config = take_best(config, launch.world, *seen)
     layout = resolve_layout(config, launch.world)
     cluster = None

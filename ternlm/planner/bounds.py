@@ -28,6 +28,10 @@ class MeshBound:
         self.parameters = {rank.rank: self._parameters(rank.rank, step.layout) for rank in self.ranks}
         self.reduced = reduced_bytes(config)
 
+    def floor(self) -> float:
+        """Return a time that no way to cut states beats, without looking at any: as if states cost nothing."""
+        return max(rank.with_states(rank.own.layout, [], 0.0, 0.0).seconds for rank in self.ranks)
+
     def seconds(self, layout: Layout) -> float:
         """Return a time that a step with states cut as in `layout` doesn't beat."""
         return max(self._rank_seconds(rank, layout) for rank in self.ranks)

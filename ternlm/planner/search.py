@@ -45,15 +45,20 @@ class Search:
         self.config, self.cluster, self.world = in_format(config, cluster), cluster, world
         self.document_tokens = check_document_tokens(config, document_tokens)
         self.found = Found()
+        self._limit = cluster.memory_gib * GIB
         self._messages: dict[str, str] = {}
 
     def run(self, count: int = 10) -> Found:
         """Return the `count` fastest; raises ConfigError, with the nearest miss, where nothing fits."""
         found = self.found
-        queue = [(self._mesh_bound(mesh), order, mesh) for order, mesh in enumerate(self._legal_meshes())]
+        # At first with a time from below that costs little, and again with one that looks at each cut when it comes up.
+        queue = [(self._bound(mesh).floor(), order, mesh, False) for order, mesh in enumerate(self._legal_meshes())]
         heapq.heapify(queue)
         while queue and queue[0][0] < self._to_beat(count):
-            _, _, mesh = heapq.heappop(queue)
+            _, order, mesh, exact = heapq.heappop(queue)
+            if not exact:
+                heapq.heappush(queue, (self._mesh_bound(mesh), order, mesh, True))
+                continue
             best = self._best_of(mesh, self._to_beat(count))
             if best and not self._same_under_another_name(best):
                 found.best = sorted([*found.best, best], key=lambda one: one[1].time.seconds)[:count]
@@ -82,12 +87,17 @@ class Search:
             if problem:
                 self._refuse(problem)
                 continue
-            tried = [self._smallest(one) for one in self._recomputes(mesh)]
-            least, smallest = min(((self._memory(one), one) for one in tried), key=lambda found: found[0])
-            if least <= self.cluster.memory_gib * GIB:
+            needs: list[tuple[float, Choice]] = []
+            for recomputed in reversed(list(self._recomputes(mesh))):  # the one that needs least comes first
+                smallest = self._smallest(recomputed)
+                needs.append((self._memory(smallest), smallest))
+                if needs[-1][0] <= self._limit:
+                    break
+            if needs[-1][0] <= self._limit:
                 yield mesh
                 continue
             self.found.too_large += 1
+            least, smallest = min(reversed(needs), key=lambda need: need[0])
             if self.found.least is None or least < self.found.least[0]:
                 self.found.least = least, smallest
 
@@ -122,24 +132,33 @@ class Search:
 
     def _best_of(self, mesh: Choice, to_beat: float) -> tuple[Choice, Plan] | None:
         """Return the fastest recompute and way to cut states of a mesh that fit; None where they don't beat a time."""
-        candidates: list[tuple[float, int, Choice]] = []
-        for choice in self._recomputes(mesh):
-            bound = self._bound(choice)
-            for cut in shardings(choice, self.world):
-                seconds = bound.seconds(cut.layout(self.world))
-                if seconds < to_beat:
-                    candidates.append((seconds, len(candidates), cut))
         best: tuple[Choice, Plan] | None = None
-        for seconds, _, cut in sorted(candidates):
-            if best and seconds >= best[1].time.seconds:
+        for seconds, cut in self._cuts(mesh):
+            if seconds >= to_beat or (best and seconds >= best[1].time.seconds):
                 break
-            if self._memory(cut) > self.cluster.memory_gib * GIB or self._problem(cut):
+            if self._memory(cut) > self._limit or self._problem(cut):
                 continue
             plan = self._plan(cut)
             self.found.examined += 1
             if best is None or plan.time.seconds < best[1].time.seconds * (1 - 1e-9):
                 best = cut, plan
         return best
+
+    def _cuts(self, mesh: Choice) -> Iterator[tuple[float, Choice]]:
+        """Yield the ways to recompute and cut a mesh, the least bound first; a recompute is cut when its turn comes."""
+        queue: list[tuple[float, int, int, Choice, MeshBound | None]] = []
+        for number, choice in enumerate(self._recomputes(mesh)):
+            if self._memory(self._smallest(choice)) <= self._limit:
+                uncut = self._bound(choice)
+                queue.append((uncut.floor(), number, -1, choice, uncut))
+        heapq.heapify(queue)
+        while queue:
+            seconds, number, _, choice, bound = heapq.heappop(queue)
+            if bound is None:
+                yield seconds, choice
+                continue
+            for order, cut in enumerate(shardings(choice, self.world)):
+                heapq.heappush(queue, (bound.seconds(cut.layout(self.world)), number, order, cut, None))
 
     def _plan(self, choice: Choice) -> Plan:
         config, layout = choice.in_config(self.config), choice.layout(self.world)

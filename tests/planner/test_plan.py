@@ -26,6 +26,7 @@ from ternlm.planner.search import Search
 
 H100 = find_cluster("h100x8")
 A800 = find_cluster("a800x8@100")
+LONG = {"preset": "internlm-7b", "max_position_embeddings": 16384}
 
 
 def small(**changes):
@@ -98,6 +99,16 @@ def test_a_search_for_1024_devices_takes_seconds_and_says_what_it_left_out():
     assert found.examined < 2_000
     assert found.slower > 100
     assert any("zero_bubble" in message for message in found.illegal)
+
+
+def test_a_search_looks_at_the_cuts_of_few_meshes(monkeypatch):
+    looked, whole = [], MeshBound.seconds
+    monkeypatch.setattr(MeshBound, "seconds", lambda bound, layout: looked.append(layout) or whole(bound, layout))
+    config = internlm(64, batch={"global_sequences": 64}, data={"seq_len": 16384}, model=LONG)
+    found = Search(config, H100, 64).run(1)
+    assert found.slower > 1_000
+    assert len(looked) < 3 * found.slower  # each has some twenty
+    assert MeshBound(config, Choice(), H100, 64, 16384).floor() < found.best[0][1].time.seconds
 
 
 def test_the_first_of_a_search_is_no_slower_than_the_recipes():

@@ -42,12 +42,20 @@ def cluster_of(config: Config, asked: str, device: str, devices_per_node: int) -
 
     asked: the setting that needs it. device: as PyTorch names it. Raises ConfigError where it isn't known.
     """
+    cluster = known_cluster(config, device, devices_per_node)
+    if cluster:
+        return cluster
+    raise ConfigError(
+        f"{asked} doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
+        f"{', '.join(f'{name}x{devices_per_node}' for name in sheets())}, or to a file that `tern calibrate` wrote"
+    )
+
+
+def known_cluster(config: Config, device: str, devices_per_node: int) -> Cluster | None:
+    """Return what `parallel.cluster` names, else the known cluster of such devices; None where there is none."""
     if config.parallel.cluster:
         return find_cluster(config.parallel.cluster)
     for name, sheet in sheets().items():
         if sheet.name == device:
             return find_cluster(f"{name}x{devices_per_node}")
-    raise ConfigError(
-        f"{asked} doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
-        f"{', '.join(f'{name}x{devices_per_node}' for name in sheets())}, or to a file that `tern calibrate` wrote"
-    )
+    return None

@@ -19,6 +19,7 @@ _SECTIONS = {
 }
 
 LEAST_CONTEXT_TOKENS = 1024
+RECOMPUTE_KEEPS = ("matmuls", "nothing")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Choice:
         values = asdict(self)
         for section, names in _SECTIONS.items():
             table[section] |= {name: values[name] for name in names}
-        table["parallel"] |= {"auto": False, "cluster": ""}
+        table["parallel"]["auto"] = False
         return config_from_dict(table)
 
     def overrides(self, before: "Choice") -> list[str]:
@@ -99,7 +100,7 @@ def meshes(config: Config, world: int, devices_per_node: int) -> Iterator[Choice
 def recomputes(choice: Choice) -> Iterator[Choice]:
     """Yield the same with each recompute, the least first."""
     yield choice
-    for keep in ("matmuls", "nothing"):
+    for keep in RECOMPUTE_KEEPS:
         for share in (0.25, 0.5, 0.75, 1.0):
             yield replace(choice, recompute=share, recompute_keep=keep)
 

@@ -115,6 +115,15 @@ def test_a_wrong_setting_stops_before_training(
     assert pretrain.calls == []
 
 
+def test_a_bad_layout_stops_before_torch_loads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pretrain: Spy
+) -> None:
+    assert tern(monkeypatch, "train", "small", "parallel.tensor=3") == 2
+    assert "must divide the number of ranks, 1; start a multiple" in capsys.readouterr().err
+    assert pretrain.calls == []
+    assert tern(monkeypatch, "train", "small", "parallel.tensor=3", "parallel.auto=true") == 0
+
+
 def test_what_the_user_can_put_right_has_no_traceback(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pretrain: Spy
 ) -> None:

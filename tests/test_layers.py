@@ -141,7 +141,9 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
     assert [f for f in SOURCES if VAGUE_NAMES & {part.removesuffix(".py") for part in f.relative_to(ROOT).parts}] == []
 
 
-@pytest.mark.parametrize("module", ["ternlm", "ternlm.config", "ternlm.planner", "ternlm.cli"])
+@pytest.mark.parametrize(
+    "module", ["ternlm", "ternlm.config", "ternlm.planner", "ternlm.cli", "ternlm.checkpoint.folders"]
+)
 def test_importing_leaves_heavy_modules_unloaded(module: str) -> None:
     heavy = {"torch", "tokenizers", "transformers", *(["numpy"] if module != "ternlm.planner" else [])}
     code = f"import sys, {module}; print(sorted({heavy!r} & sys.modules.keys()))"

@@ -231,8 +231,8 @@ def format_parts(rows: list[dict[str, Any]]) -> list[str]:
     """Return the table of parts: measured and planned, and how far apart as a share of the planned step."""
     lines = [
         "By parts, of profiled steps (`monitor.plan_every_steps` shows the same while a run trains): measured / "
-        "planned milliseconds, and the difference as a share of the planned step. `idle` is Python and what isn't in an "
-        "operator.",
+        "planned milliseconds, and the difference as a share of the planned step. `idle` is Python and what isn't in "
+        "an operator.",
         "",
         f"| run | {' | '.join(KERNELS)} |",
         f"|---|{'---|' * len(KERNELS)}",

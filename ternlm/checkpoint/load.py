@@ -9,8 +9,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
+from ternlm.checkpoint.causes import cause_of
 from ternlm.checkpoint.checksums import check_files
-from ternlm.checkpoint.errors import CheckpointError, cause_of
+from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.save import STATE_FILE
 from ternlm.checkpoint.tensors import LoadPlanner, model_tensors, one_process, optimizer_tensors

@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ternlm.checkpoint.causes import cause_of
 from ternlm.checkpoint.checksums import digests, marker_text
-from ternlm.checkpoint.errors import CheckpointError, cause_of
+from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import MARKER, checkpoint_folder, prune, remove, remove_incomplete, sync
 from ternlm.checkpoint.tensors import SavePlanner, copy_to_cpu, one_process
 from ternlm.config.training import CheckpointConfig

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from ternlm.checkpoint.causes import cause_of
 from ternlm.checkpoint.checksums import check_files, marker_text
-from ternlm.checkpoint.errors import CheckpointError, cause_of
+from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import MARKER, find_checkpoint, sync
 from ternlm.checkpoint.save import STATE_FILE
 from ternlm.checkpoint.tensors import LoadPlanner, Rectangle, SavePlanner, one_process

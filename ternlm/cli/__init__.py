@@ -121,6 +121,11 @@ def train(
     from ternlm.config import load_config
 
     settings = load_config(recipe, overrides or [])  # before torch loads: a mistake shows at once
+    from ternlm.config.layout import resolve_layout
+    from ternlm.parallel.launch import find_launch
+
+    if not settings.parallel.auto:
+        resolve_layout(settings, find_launch().world)
     from ternlm.infer.text import continue_texts
     from ternlm.train.pretrain import pretrain
 
@@ -133,7 +138,9 @@ def simulate(
     world_size: Annotated[int, typer.Option(help="Ranks of the run, one on each device.", min=1)],
     overrides: Overrides = None,
     rank: Annotated[int, typer.Option(help="Which of them to simulate.")] = 0,
-    devices_per_node: Annotated[int, typer.Option(help="Ranks of one node.", min=1)] = 8,
+    devices_per_node: Annotated[
+        int | None, typer.Option(help="Ranks of one node.", min=1, show_default="parallel.cluster's, else 8")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="File to write the figures to, as JSON.")] = None,
     timeline: Annotated[Path | None, typer.Option(help="File to write a trace to, for ui.perfetto.dev.")] = None,
 ) -> None:

@@ -11,21 +11,24 @@ RecipeOrNone = Annotated[
     str | None, typer.Argument(help="A TOML file, or the name of one in the folder recipes.", show_default=False)
 ]
 ClusterName = Annotated[
-    str,
-    typer.Option(help="Known one, such as h100x8 or h100x8@800 (Gb/s of a node), or a file of `tern calibrate`."),
+    str | None,
+    typer.Option(
+        help="Known one, such as h100x8 or h100x8@800 (Gb/s of a node), or a file of `tern calibrate`.",
+        show_default="parallel.cluster, else h100x8",
+    ),
 ]
 
 
 def plan(
     recipe: RecipeOrNone = None,
     overrides: Overrides = None,
-    cluster: ClusterName = "h100x8",
-    nodes: Annotated[int, typer.Option(help="Nodes of the run.", min=1)] = 1,
+    cluster: ClusterName = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of the run.", min=1, show_default="1")] = None,
     devices: Annotated[
         int | None, typer.Option(help="Devices of the run, instead of --nodes.", min=1, show_default=False)
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the fastest layouts that fit.")] = False,
-    top: Annotated[int, typer.Option(help="How many of them to show.", min=1)] = 10,
+    top: Annotated[int | None, typer.Option(help="How many of them to show.", min=1, show_default="10")] = None,
     what_if: Annotated[
         Path | None,
         typer.Option(help="A run or checkpoint to go on from, instead of RECIPE.", show_default=False),
@@ -38,7 +41,8 @@ def plan(
         Path | None, typer.Option(help="File for that table's plot: .png, .svg or .pdf.", show_default=False)
     ] = None,
     tokens: Annotated[
-        float | None, typer.Option(help="Length of the run, such as 1e12.", show_default="the recipe's", min=1)
+        float | None,
+        typer.Option(help="Length of the run, or with --what-if of its rest.", show_default="the recipe's", min=1),
     ] = None,
     dollars_per_hour: Annotated[
         float | None, typer.Option(help="Price of a device for an hour.", show_default="the cluster's", min=0)

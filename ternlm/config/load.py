@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ternlm.config.explain import explain
+from ternlm.config.parallel import spelled_out
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError, Section
 
@@ -28,7 +29,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     `data.sources.0.weight=2`; the number after the last one appends.
     """
     path = find_recipe(recipe)
-    table = _read(path)
+    table = read_table(path)
     for override in overrides:
         _override(table, override)
     return _validate(Config, table, str(path))
@@ -64,10 +65,11 @@ def list_recipes() -> list[Path]:
 
 def load_section(section: type[S], path: Path) -> S:
     """Read a TOML file that is one section; raises ConfigError that names all that is wrong in it."""
-    return _validate(section, _read(path), str(path))
+    return _validate(section, read_table(path), str(path))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a TOML file, whatever it holds; raises ConfigError where it isn't TOML."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -92,6 +94,8 @@ def _override(table: dict[str, Any], override: str) -> None:
     """Set one `section.field=value` in the nested `table`; sections on the way are created."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
+    if "parallel" in table and parts[0] == "parallel":
+        table["parallel"] = spelled_out(table["parallel"])
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r} must look like section.field=value")
     try:

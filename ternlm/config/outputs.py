@@ -13,6 +13,6 @@ def check_writable(option: str, file: Path) -> None:
         existed = file.exists()
         file.open("a").close()
         if not existed:
-            file.unlink()
+            file.unlink(missing_ok=True)  # as another rank may have
     except OSError as error:
         raise ConfigError(f"{option} = {file} can't be written ({error.strerror}); choose another file") from error

@@ -2,9 +2,25 @@
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from ternlm.config.section import Section, refuse_ignored, setting
+
+AUTO = "auto"
+
+
+def spelled_out(given: Any) -> Any:
+    """Return what is given for the section `parallel` as a table, where it is short for one."""
+    return {"auto": True} if given == AUTO else given
+
+
+class OrAuto:
+    """Marks the setting that holds the section, so that the schema has what is short for it, too."""
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"const": AUTO, "type": "string"}, handler(core)]}
 
 
 class ParallelConfig(Section):
@@ -48,7 +64,7 @@ class ParallelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _read_auto(cls, given: Any) -> Any:
-        return {"auto": True} if given == "auto" else given
+        return spelled_out(given)
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":

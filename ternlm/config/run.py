@@ -1,10 +1,12 @@
 """The root of the settings: one pretraining run."""
 
+from typing import Annotated
+
 from pydantic import model_validator
 
 from ternlm.config.data import BatchConfig, DataConfig
 from ternlm.config.model import ModelConfig
-from ternlm.config.parallel import ParallelConfig, ShardingConfig
+from ternlm.config.parallel import OrAuto, ParallelConfig, ShardingConfig
 from ternlm.config.section import Section, setting
 from ternlm.config.training import (
     CheckpointConfig,
@@ -42,7 +44,7 @@ class Config(Section):
     schedule: ScheduleConfig = setting(ScheduleConfig, "the learning rate over time")
     loss: LossConfig = setting(LossConfig, "the objective")
     compute: ComputeConfig = setting(ComputeConfig, "device, precision, memory")
-    parallel: ParallelConfig = setting(ParallelConfig, "degrees of parallelism")
+    parallel: Annotated[ParallelConfig, OrAuto()] = setting(ParallelConfig, "degrees of parallelism")
     sharding: ShardingConfig = setting(ShardingConfig, "over how many ranks states are cut")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "saving")
     monitor: MonitorConfig = setting(MonitorConfig, "metrics")

@@ -21,6 +21,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def device_memory_gib(device: torch.device) -> float:
+    """Return a device's memory, in GiB, as PyTorch sees it; 0 of a CPU, whose memory isn't its own."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+
+
 def device_peak(device: torch.device, dtype: torch.dtype) -> DevicePeak:
     """Return the peak of matrix products in `dtype`.
 

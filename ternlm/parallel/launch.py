@@ -33,8 +33,13 @@ class Launch:
     """The number of its device, among those that it sees."""
     restarted: bool = False
     """Whether torchrun or Slurm has started the same command anew."""
-    node_ranks: int = 1
-    """How many ranks are on a node, as far as the launcher says."""
+    node_ranks: int = 0
+    """How many ranks are on a node; 0: the launcher doesn't say."""
+
+    @property
+    def node_size(self) -> int:
+        """How many ranks are on a node, all of them where the launcher doesn't say."""
+        return self.node_ranks or self.world
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -43,24 +48,20 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     Raises ConfigError where only a part of it is set.
     """
     if "WORLD_SIZE" in environment or "RANK" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        names: tuple[str, ...] = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        names += ("LOCAL_WORLD_SIZE",) if "LOCAL_WORLD_SIZE" in environment else ()
         again = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or _requeued(environment)
-        rank, world, local = _integers(environment, names, "start the ranks with torchrun")
-        return Launch(rank, world, local, again, _first_number(environment.get("LOCAL_WORLD_SIZE")))
+        rank, world, local, *here = _integers(environment, names, "start the ranks with torchrun")
+        return Launch(rank, world, local, again, *here)
     # A shell inside an allocation has SLURM_JOB_ID; only a task that srun started has SLURM_STEP_ID and a rank of it.
     if "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         rank, world, local_rank = _integers(environment, names, "start the ranks with srun")
         # `srun --gpus-per-task=1` shows each rank its own device alone, as number 0.
         alone = len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
-        here = _first_number(environment.get("SLURM_STEP_TASKS_PER_NODE"))  # such as 8(x4)
-        return Launch(rank, world, 0 if alone else local_rank, _requeued(environment), here)
+        here = re.findall(r"^\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 8(x4)
+        return Launch(rank, world, 0 if alone else local_rank, _requeued(environment), *map(int, here))
     return Launch(restarted=_requeued(environment))
-
-
-def _first_number(text: str | None) -> int:
-    found = re.match(r"[1-9]\d*", text or "")
-    return int(found[0]) if found else 1
 
 
 def _requeued(environment: Mapping[str, str]) -> bool:

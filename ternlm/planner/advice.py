@@ -24,7 +24,7 @@ def plan_or_advise(config: Config, cluster: Cluster, world: int, document_tokens
         nearest = nearest_legal(config, world, cluster.devices_per_node)
         if nearest is None:
             raise
-        raise ConfigError(f"{error}\nnearest legal: {' '.join(nearest.overrides(choice_of(config)))}") from error
+        raise ConfigError(f"{error}\nnearest legal: {' '.join(nearest.overrides(choice_of(config), world))}") from error
     return make_plan(config, cluster, world, document_tokens, layout)
 
 
@@ -84,7 +84,7 @@ def _plans(
 
 def nearest_legal(config: Config, world: int, devices_per_node: int) -> Choice | None:
     """Return the legal choice that differs least from what the settings ask for; None where there is none."""
-    wanted = choice_of(config)
+    wanted = replace(choice_of(config), auto=False)
 
     def apart(choice: Choice) -> float:
         return sum(
@@ -100,35 +100,13 @@ def nearest_legal(config: Config, world: int, devices_per_node: int) -> Choice |
         ranks = world // moved.pipeline // moved.tensor
         cuts = sorted(shardings(moved, world), key=lambda cut: _cut_apart(cut, wanted, ranks))
         for cut in cuts[:8]:
-            if _is_legal(cut, config, world):
-                return _all_ranks_as_typed(cut, wanted, ranks)
+            if not (cut.layout_problem(config, world) or cut.settings_problem(config)):
+                return cut.as_typed(wanted, world)
     return None
 
 
 _DEGREES = {"tensor": 4.0, "pipeline": 4.0, "context": 4.0, "stages_per_rank": 1.0, "microbatch_sequences": 1.0}
 """What a doubling weighs."""
-
-
-def _all_ranks_as_typed(cut: Choice, wanted: Choice, ranks: int) -> Choice:
-    """Return the cut with -1 for all ranks where the settings have that."""
-
-    def typed(size: int, before: int) -> int:
-        return -1 if (size, before) == (ranks, -1) else size
-
-    return replace(
-        cut,
-        params=typed(cut.params, wanted.params),
-        grads=typed(cut.grads, wanted.grads),
-        optimizer=typed(cut.optimizer, wanted.optimizer),
-    )
-
-
-def _is_legal(choice: Choice, config: Config, world: int) -> bool:
-    try:
-        resolve_layout(choice.checked_in(config), world)
-    except ConfigError:
-        return False
-    return True
 
 
 def _steps(one: int, other: int) -> float:

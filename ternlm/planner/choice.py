@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ternlm.config.layout import Layout
+from ternlm.config.layout import Layout, resolve_layout
 from ternlm.config.load import config_from_dict, config_to_dict
 from ternlm.config.run import Config
+from ternlm.config.section import ConfigError
 
 _SECTIONS = {
-    "parallel": ("pipeline", "context", "tensor", "context_method", "pipeline_schedule", "stages_per_rank"),
+    "parallel": ("auto", "pipeline", "context", "tensor", "context_method", "pipeline_schedule", "stages_per_rank"),
     "sharding": ("params", "grads", "optimizer"),
     "compute": ("recompute", "recompute_keep"),
     "batch": ("microbatch_sequences",),
@@ -38,6 +39,8 @@ class Choice:
     params: int = 1
     grads: int = 1
     optimizer: int = 1
+    auto: bool = False
+    """Whether it is left to the planner, which never chooses that."""
 
     def layout(self, world: int) -> Layout:
         """Return its numbers; all checks are `resolve_layout`'s."""
@@ -50,7 +53,6 @@ class Choice:
             section: getattr(config, section).model_copy(update={name: values[name] for name in names})
             for section, names in _SECTIONS.items()
         }
-        sections["parallel"] = sections["parallel"].model_copy(update={"auto": False})
         return config.model_copy(update=sections)
 
     def checked_in(self, config: Config) -> Config:
@@ -59,14 +61,46 @@ class Choice:
         values = asdict(self)
         for section, names in _SECTIONS.items():
             table[section] |= {name: values[name] for name in names}
-        table["parallel"]["auto"] = False
         return config_from_dict(table)
 
-    def overrides(self, before: "Choice") -> list[str]:
-        """Return what to type to come here from another choice, as section.field=value."""
-        own, other = asdict(self), asdict(before)
+    def layout_problem(self, config: Config, world: int) -> str | None:
+        """Return why it is no legal layout of `world` devices, None where it is one."""
+        try:
+            resolve_layout(self.in_config(config), world)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def settings_problem(self, config: Config) -> str | None:
+        """Return which other setting has no meaning with it, None where all have."""
+        try:
+            self.checked_in(config)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def as_typed(self, before: "Choice", world: int) -> "Choice":
+        """Return it with -1 for all ranks where another choice has that, too."""
+        ranks = world // self.pipeline // self.tensor
+
+        def typed(size: int, other: int) -> int:
+            return -1 if (size, other) == (ranks, -1) else size
+
+        return replace(
+            self,
+            params=typed(self.params, before.params),
+            grads=typed(self.grads, before.grads),
+            optimizer=typed(self.optimizer, before.optimizer),
+        )
+
+    def overrides(self, before: "Choice", world: int = 0) -> list[str]:
+        """Return what to type to come here from another choice, as section.field=value.
+
+        world: the devices that it is for; with them, a size of all ranks isn't typed where -1 stands for it already.
+        """
+        own, other = asdict(self.as_typed(before, world) if world else self), asdict(before)
         return [
-            f"{section}.{name}={own[name]:g}" if isinstance(own[name], float) else f"{section}.{name}={own[name]}"
+            f"{section}.{name}={_typed(own[name])}"
             for section, names in _SECTIONS.items()
             for name in names
             if own[name] != other[name]
@@ -114,6 +148,12 @@ def shardings(choice: Choice, world: int) -> Iterator[Choice]:
                 yield replace(choice, params=1, grads=grads, optimizer=optimizer)
                 if grads > 1:
                     yield replace(choice, params=grads, grads=grads, optimizer=optimizer)
+
+
+def _typed(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _schedules(pipeline: int, layers: int) -> Iterator[tuple[str, int]]:

@@ -89,9 +89,10 @@ def _how_long(plan: Plan, name: str) -> str:
         return f"{human_bytes(moved)} of weights, gradients and states, at {rate:,.0f} GB/s"
     if name == "bubble":
         return _how_idle(plan)
-    assert name == "overhead", name
-    share = f"{plan.cluster.overhead:.1%} of all that is above"
-    return share + f", and {rates.step_ms:.3g} ms a step" * bool(rates.step_ms)
+    if name == "overhead":
+        share = f"{plan.cluster.overhead:.1%} of all that is above"
+        return share + f", and {rates.step_ms:.3g} ms a step" * bool(rates.step_ms)
+    return "by no single rate"
 
 
 def _how_exchanged(plan: Plan, name: str) -> str:

@@ -1,6 +1,7 @@
 """What `tern plan` does: settings and a cluster in; tables, figures and a plot out. No torch here."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from ternlm.planner.advice import cheapest_changes, plan_or_advise
 from ternlm.planner.choice import choice_of
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.known import find_cluster
+from ternlm.planner.length import run_length, tokens_from
 from ternlm.planner.memory import GIB
 from ternlm.planner.plan import Plan, in_format
-from ternlm.planner.resume import Done, read_checkpoint, resume_lines
+from ternlm.planner.resume import Done, progress_figures, read_checkpoint, resume_lines
 from ternlm.planner.scale import doublings, plot_scale, scale, scale_figures, scale_notes, scale_table
 from ternlm.planner.search import Search
-from ternlm.planner.show import plan_figures, plan_tables, run_length
+from ternlm.planner.show import length_words, plan_figures, plan_tables
 from ternlm.planner.show_search import search_figures, search_tables
+
+CLUSTER, TOP = "h100x8", 10
+"""Where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,12 @@ class Request:
 
     settings: tuple[str, ...]
     """The recipe and its overrides; overrides alone where a checkpoint is given."""
-    cluster: str = "h100x8"
-    nodes: int = 1
+    cluster: str | None = None
+    """If not given, `parallel.cluster`, else CLUSTER."""
+    nodes: int | None = None
     devices: int | None = None
     search: bool = False
-    top: int = 10
+    top: int | None = None
     scale_to: int = 0
     grow_batch: bool = False
     plot: Path | None = None
@@ -47,15 +53,16 @@ class Request:
 def run_plan(request: Request, checkpoint: Path | None = None) -> None:
     """Print what was asked, and write the files; wrong requests raise ConfigError before anything is predicted."""
     _check(request, checkpoint)
-    cluster = find_cluster(request.cluster)
-    if request.dollars_per_hour is not None:
-        cluster = cluster.model_copy(update={"dollars_per_hour": request.dollars_per_hour})
-    world = request.devices or request.nodes * cluster.devices_per_node
     done: Done | None = None
     if checkpoint:
         config, done = read_checkpoint(checkpoint, request.settings)
     else:
         config = load_config(request.settings[0], request.settings[1:])
+    _check_top(request, bool(checkpoint) or config.parallel.auto)
+    cluster = find_cluster(request.cluster or config.parallel.cluster or CLUSTER)
+    if request.dollars_per_hour is not None:
+        cluster = cluster.model_copy(update={"dollars_per_hour": request.dollars_per_hour})
+    world = request.devices or (request.nodes or 1) * cluster.devices_per_node
     job = _Job(request, config, cluster, world, done)
     figures = job.run()
     if request.json:
@@ -70,6 +77,7 @@ def _check(request: Request, checkpoint: Path | None) -> None:
             f"--what-if = {checkpoint} has its own settings, so {request.settings[0]!r} must be left out; to change "
             "some, add section.field=value"
         )
+    _check_numbers(request)
     for option, needed in (("plot", request.plot is not None), ("grow-batch", request.grow_batch)):
         if needed and not request.scale_to:
             raise ConfigError(f"--{option} is of the table of --scale; add --scale 4096, say")
@@ -80,49 +88,75 @@ def _check(request: Request, checkpoint: Path | None) -> None:
         raise ConfigError(f"--plot = {request.plot} must end in .png, .svg or .pdf; choose another name")
 
 
+def _check_numbers(request: Request) -> None:
+    for option, number, least, remedy in (
+        ("tokens", request.tokens, 1, "give the run's length, such as 1e12"),
+        ("dollars-per-hour", request.dollars_per_hour, 0, "give the price of a device for an hour, such as 2.5"),
+    ):
+        if number is not None and not (math.isfinite(number) and number >= least):
+            raise ConfigError(f"--{option} = {number:g} must be a finite number of at least {least}; {remedy}")
+    if request.nodes and request.devices:
+        raise ConfigError(
+            f"--nodes = {request.nodes} has no effect beside --devices = {request.devices}, which is the size of the "
+            "whole run; leave one of them out"
+        )
+
+
+def _check_top(request: Request, searches: bool) -> None:
+    """Refuse a number of layouts to show where one is shown; searches: what asks for a search without --search."""
+    if request.top is None or ((request.search or searches) and not request.scale_to):
+        return
+    where = "with --scale, which shows one layout a number of devices" if request.scale_to else "without --search"
+    remedy = "leave it out" if request.scale_to else "add --search, or leave it out"
+    raise ConfigError(f"--top = {request.top} has no effect {where}; {remedy}")
+
+
 class _Job:
     """One request, with everything it needs."""
 
     def __init__(self, request: Request, config: Config, cluster: Cluster, world: int, done: Done | None) -> None:
         self.request, self.cluster, self.world, self.done = request, cluster, world, done
         self.config = in_format(config, cluster)  # before anything else is said
-        whole = float(config.train.steps * config.batch.global_sequences * config.data.seq_len)
-        self.tokens = request.tokens or (done.tokens_left(config) if done else whole)
+        self.first = done.step if done else 0
+        self.tokens = request.tokens or tokens_from(config, self.first)
+        self.searches = request.search or config.parallel.auto
         self.console = Console()
 
     def run(self) -> dict[str, Any]:
         """Print what was asked; return its figures."""
         if self.config.optimizer.kind == "muon":
             self.console.print("Muon is counted as AdamW: its iterations take longer, its states less memory.")
-        if self.request.scale_to:
-            return self.scale()
-        if self.request.search or self.done or self.config.parallel.auto:
-            return self.search()
-        return self.plan()
+        if self.done:
+            return {"done": progress_figures(self.config, self.done), **self.go_on(self.done)}
+        return self.scale() if self.request.scale_to else self.search() if self.searches else self.plan()
+
+    def go_on(self, done: Done) -> dict[str, Any]:
+        """Print how far a run has come, and what was asked of the rest."""
+        for line in resume_lines(self.config, done, None if self.request.scale_to else self.world):
+            self.console.print(line, highlight=False)
+        if done.step >= self.config.train.steps:
+            return {"complete": True}
+        return self.scale() if self.request.scale_to else self.search()
 
     def plan(self) -> dict[str, Any]:
         """Print the plan of the settings as they are."""
         plan = plan_or_advise(self.config, self.cluster, self.world, self.request.document_tokens)
-        self.console.print(plan_tables(plan, self.tokens))
+        length = run_length(plan, self.tokens)
+        self.console.print(plan_tables(plan, length))
         if not plan.fits:
             self._advise()
-        return plan_figures(plan)
+        return plan_figures(plan, length)
 
     def search(self) -> dict[str, Any]:
         """Print the best layouts."""
-        if self.done:
-            for line in resume_lines(self.config, self.done, self.world):
-                self.console.print(line, highlight=False)
-            if self.done.step >= self.config.train.steps:
-                self.console.print("The run is complete; to go on, raise train.steps.", highlight=False)
-                return {"complete": True}
         with Console(stderr=True).status(f"looking through the layouts of {self.world:,} devices"):
             search = Search(self.config, self.cluster, self.world, self.request.document_tokens)
-            found = search.run(self.request.top)
+            found = search.run(self.request.top or TOP)
         self.console.print(search_tables(found, self.config))
-        self.console.print(run_length(found.best[0][1], self.tokens), highlight=False)
+        length = run_length(found.best[0][1], self.tokens, self.first)
+        self.console.print(length_words(length), highlight=False)
         self._as_it_is()
-        return search_figures(found, self.config)
+        return search_figures(found, self.config, self.tokens, self.first)
 
     def scale(self) -> dict[str, Any]:
         """Print the table over numbers of devices, and draw it."""
@@ -132,13 +166,14 @@ class _Job:
         each = self.config.batch.global_sequences / self.world if request.grow_batch else 0.0
         worlds = doublings(first, request.scale_to)
         with Console(stderr=True).status("predicting"):
-            points = scale(self.config, self.cluster, worlds, request.document_tokens, each, request.search)
-        self.console.print(scale_table(points, self.tokens))
+            points = scale(self.config, self.cluster, worlds, request.document_tokens, each, self.searches)
+        self.console.print(scale_table(points, self.tokens, self.first))
         for line in scale_notes(points):
             self.console.print(line, highlight=False)
         if request.plot:
             plot_scale(points, request.plot)
-        return {"points": scale_figures(points)}
+        cluster = {"cluster": self.cluster.name, "devices_per_node": first}
+        return {**cluster, "points": scale_figures(points, self.tokens, self.first)}
 
     def _as_it_is(self) -> None:
         """Say how the settings' own layout does."""
@@ -159,7 +194,9 @@ class _Job:
             return
         self.console.print("What makes it fit, the fastest first:", highlight=False)
         for choice, plan in changes:
-            self.console.print(f"  {_said(choice.overrides(choice_of(self.config)), plan)}", highlight=False)
+            self.console.print(
+                f"  {_said(choice.overrides(choice_of(self.config), self.world), plan)}", highlight=False
+            )
 
 
 def _said(overrides: list[str], plan: Plan) -> str:

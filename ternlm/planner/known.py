@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from ternlm.config.load import load_section
+from ternlm.config.load import load_section, read_table
 from ternlm.config.section import ConfigError, Section, setting
 from ternlm.planner.cluster import Cluster, Links, Rates
 from ternlm.planner.devices import peak_tflops
@@ -44,10 +44,23 @@ def sheets() -> dict[str, Sheet]:
     return load_section(_Sheets, Path(__file__).with_name("known.toml")).sheets
 
 
+def sheets_of(device: str, memory_gib: float = 0.0) -> list[str]:
+    """Return the known devices that one may be by the name PyTorch gives it, the slowest first.
+
+    memory_gib: as PyTorch sees it, by which devices of one name are told apart; 0: not known.
+    """
+    found = {name: sheet for name, sheet in sheets().items() if sheet.name == device}
+    if memory_gib:
+        nearest = min((abs(sheet.memory_gib - memory_gib) for sheet in found.values()), default=0.0)
+        found = {name: sheet for name, sheet in found.items() if abs(sheet.memory_gib - memory_gib) == nearest}
+    return sorted(found, key=lambda name: (found[name].power_watt, found[name].memory_gb_s, found[name].node_gb_s))
+
+
 def find_cluster(name: str, attention: str = "flash2") -> Cluster:
     """Return the cluster of a name or of a file; raises ConfigError that lists the known ones."""
     path = Path(name)
     if path.is_file():
+        _check_no_recipe(path)
         return load_section(Cluster, path)
     match = re.fullmatch(r"(?P<device>[a-z0-9-]+?)x(?P<number>[1-9]\d*)(@(?P<gbit>[1-9]\d*))?", name)
     if not match or match["device"] not in sheets():
@@ -61,6 +74,15 @@ def find_cluster(name: str, attention: str = "flash2") -> Cluster:
     sheet, number = sheets()[match["device"]], int(match["number"])
     gbit = float(match["gbit"]) if match["gbit"] else sheet.network_gbit_s
     return make_cluster(sheet, number, gbit, fitted_constants(), attention, name)
+
+
+def _check_no_recipe(path: Path) -> None:
+    """Refuse a recipe by that name, instead of by all the settings that a cluster doesn't have."""
+    if "model" in read_table(path):
+        raise ConfigError(
+            f"cluster {str(path)!r} is a recipe, with [model], and must be a known cluster, such as h100x8, or a file "
+            "that `tern calibrate` wrote; name the recipe first: tern plan RECIPE --cluster CLUSTER"
+        )
 
 
 def make_cluster(

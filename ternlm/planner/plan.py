@@ -11,10 +11,12 @@ from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.flops import Flops, training_flops
-from ternlm.planner.memory import Memory, fits, peak_memory
+from ternlm.planner.memory import GIB, Memory, fits, peak_memory
 from ternlm.planner.step_time import Step, StepTime, describe_step, step_time
 
 HOUR, DAY = 3600.0, 86400.0
+MEMORY_ERROR = 0.08
+"""Share of a device's memory by which a predicted peak may be off: most published ones are off by less."""
 _BOUNDS = {
     "matmul": "matrix products",
     "attention": "attention",
@@ -86,6 +88,11 @@ class Plan:
         return fits(self.memory, self.cluster)
 
     @property
+    def fits_barely(self) -> bool:
+        """Whether the peak is within a device's memory, but no further from its limit than predictions err."""
+        return self.fits and self.memory.bytes > (1 - MEMORY_ERROR) * self.cluster.memory_gib * GIB
+
+    @property
     def bounds(self) -> dict[str, float]:
         """Seconds of a step by what limits them, the greatest first."""
         totals: dict[str, float] = {}
@@ -93,14 +100,6 @@ class Plan:
             limit = _BOUNDS.get(part, "communication")
             totals[limit] = totals.get(limit, 0.0) + seconds
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
-
-    def seconds_for(self, tokens: float) -> float:
-        """Return how long so many tokens take, checkpoints and failures aside."""
-        return tokens / (self.tokens_per_second * self.layout.world)
-
-    def dollars_for(self, tokens: float) -> float:
-        """Return what they cost; 0 where the cluster has no price."""
-        return self.seconds_for(tokens) / HOUR * self.layout.world * self.cluster.dollars_per_hour
 
 
 def make_plan(

@@ -3,10 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ternlm.config.load import load_config
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
+from ternlm.planner.length import tokens_from
 from ternlm.planner.units import human_count
 
 
@@ -18,9 +20,8 @@ class Done:
     tokens: int
 
     def tokens_left(self, config: Config) -> float:
-        """Return how many tokens are still to come, batches of full size assumed."""
-        steps = config.train.steps - self.step
-        return float(max(steps, 0) * config.batch.global_sequences * config.data.seq_len)
+        """Return how many tokens are still to come."""
+        return tokens_from(config, self.step)
 
 
 def read_checkpoint(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, Done]:
@@ -38,18 +39,34 @@ def read_checkpoint(folder: Path, overrides: tuple[str, ...] = ()) -> tuple[Conf
     return load_config(recipe, overrides), done
 
 
-def resume_lines(config: Config, done: Done, world: int) -> list[str]:
-    """Return what is said of going on with `world` devices."""
-    batch, left = config.batch, done.tokens_left(config)
-    tokens = batch.global_sequences * config.data.seq_len
+def progress_figures(config: Config, done: Done) -> dict[str, Any]:
+    """Return how far a run has come, as plain numbers."""
+    return {
+        "step": done.step,
+        "steps": config.train.steps,
+        "tokens": done.tokens,
+        "tokens_left": done.tokens_left(config),
+    }
+
+
+def resume_lines(config: Config, done: Done, world: int | None = None) -> list[str]:
+    """Return what is said of going on, with `world` devices if there is one number of them."""
+    batch, full = config.batch, config.batch.global_sequences
     lines = [
         f"After {done.step:,} of {config.train.steps:,} steps, {human_count(done.tokens)} tokens; "
-        f"{human_count(left)} are left.",
-        f"The global batch stays {batch.global_sequences:,} sequences, {human_count(tokens)} tokens, and the data's "
-        f"order with it: {batch.global_sequences / world:.4g} sequences a device.",
+        f"{human_count(done.tokens_left(config))} are left."
     ]
-    if batch.global_sequences % world:
-        below = batch.global_sequences // world * world
+    if done.step >= config.train.steps:
+        return [*lines, "The run is complete; to go on, raise train.steps."]
+    now = batch.sequences_at(done.step)
+    goes_on = "stays" if now == full else f"goes on to grow, from {now:,} to"
+    shared = f": {full / world:.4g} sequences a device" if world else ""
+    lines.append(
+        f"The global batch {goes_on} {full:,} sequences, {human_count(full * config.data.seq_len)} tokens, and the "
+        f"data's order with it{shared}."
+    )
+    if world and full % world:
+        below = full // world * world
         choices = [str(one) for one in (below, below + world) if one]
         lines.append(
             f"{world:,} devices can't each take as many of them; layouts in which several share a sequence are looked "

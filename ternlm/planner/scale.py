@@ -1,7 +1,7 @@
 """One run on ever more devices: how fast, how efficient, how dear; as a table and a plot. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
 from ternlm.planner.choice import choice_of
 from ternlm.planner.cluster import Cluster
+from ternlm.planner.length import run_length
 from ternlm.planner.memory import GIB
-from ternlm.planner.plan import DAY, HOUR, Plan, make_plan
+from ternlm.planner.plan import DAY, Plan, make_plan
 from ternlm.planner.search import Search
 
 
@@ -25,7 +26,7 @@ class Point:
     plan: Plan | None
     """None where no layout is legal."""
     note: str
-    """What was chosen, or why there is no plan."""
+    """What to type for it, or why there is no plan."""
 
 
 def scale(
@@ -38,21 +39,28 @@ def scale(
 ) -> list[Point]:
     """Predict a run on each number of devices.
 
-    sequences_per_device: by which the global batch grows with the devices; 0: it stays. search: take the best layout of
-    each instead of the settings'.
+    sequences_per_device: by which the global batch, and the smaller ones that it grows from, grow with the devices; 0:
+    they stay. search: take the best layout of each instead of the settings'. Raises ConfigError where none has a plan.
     """
     points = []
     for world in worlds:
         try:
-            grown = _with_batch(config, round(sequences_per_device * world)) if sequences_per_device else config
+            sizes = _batch_sizes(config, sequences_per_device * world) if sequences_per_device else {}
+            grown = _with_batch(config, sizes)
+            typed = [f"batch.{name}={size}" for name, size in sizes.items()]
             if search:
                 choice, plan = Search(grown, cluster, world, document_tokens).run(1).best[0]
-                note = " ".join(choice.overrides(choice_of(config)))
+                typed += choice.overrides(choice_of(config), world)
             else:
-                plan, note = make_plan(grown, cluster, world, document_tokens), ""
-            points.append(Point(world, plan, note))
+                plan = make_plan(grown, cluster, world, document_tokens)
+            points.append(Point(world, plan, " ".join(typed)))
         except ConfigError as error:
             points.append(Point(world, None, str(error)))
+    if not any(point.plan for point in points):
+        last = points[-1]
+        raise ConfigError(
+            f"no number of devices from {worlds[0]:,} to {last.world:,} has a plan; of the last: {last.note}"
+        )
     return points
 
 
@@ -64,8 +72,8 @@ def doublings(first: int, last: int) -> list[int]:
     return worlds
 
 
-def scale_table(points: Sequence[Point], tokens: float) -> Table:
-    """Return the table of what has a plan; tokens: how long the run is."""
+def scale_table(points: Sequence[Point], tokens: float, first: int = 0) -> Table:
+    """Return the table of what has a plan; the run has `tokens` from the step number `first` on."""
     plans = [point.plan for point in points if point.plan]
     priced = bool(plans and plans[0].cluster.dollars_per_hour)
     names = ["tokens/s", "rel.", "", "MFU", "sent", "idle", "GiB", "days", "dollars" if priced else "hours"]
@@ -73,7 +81,7 @@ def scale_table(points: Sequence[Point], tokens: float) -> Table:
     for name in ["devices", *names]:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for plan in plans:
-        table.add_row(f"{plan.layout.world:,}", *_cells(plan, plans[0], tokens))
+        table.add_row(f"{plan.layout.world:,}", *_cells(plan, plans[0], tokens, first))
     return table
 
 
@@ -85,16 +93,18 @@ def scale_notes(points: Sequence[Point]) -> list[str]:
     return lines + [f"{point.world:,}: {point.note}" for point in points if point.note]
 
 
-def scale_figures(points: Sequence[Point]) -> list[dict[str, Any]]:
+def scale_figures(points: Sequence[Point], tokens: float, first: int = 0) -> list[dict[str, Any]]:
     """Return the same as plain numbers."""
     return [
         {
             "devices": point.world,
+            "nodes": point.plan.nodes if point.plan else None,
             "tokens_per_second_per_device": point.plan.tokens_per_second if point.plan else None,
             "step_seconds": point.plan.time.seconds if point.plan else None,
             "mfu": point.plan.mfu.full if point.plan else None,
             "memory_bytes": point.plan.memory.bytes if point.plan else None,
             "fits": point.plan.fits if point.plan else False,
+            "run": asdict(run_length(point.plan, tokens, first)) if point.plan else None,
             "note": point.note,
         }
         for point in points
@@ -128,8 +138,8 @@ def plot_scale(points: Sequence[Point], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _cells(plan: Plan, first: Plan, tokens: float) -> list[str]:
-    share, seconds = plan.tokens_per_second / first.tokens_per_second, plan.seconds_for(tokens)
+def _cells(plan: Plan, fewest: Plan, tokens: float, first: int) -> list[str]:
+    share, length = plan.tokens_per_second / fewest.tokens_per_second, run_length(plan, tokens, first)
     exchanged = plan.bounds.get("communication", 0.0) / plan.time.seconds
     cells = [
         f"{plan.tokens_per_second:,.0f}",
@@ -139,11 +149,25 @@ def _cells(plan: Plan, first: Plan, tokens: float) -> list[str]:
         f"{exchanged:.0%}",
         f"{plan.time.parts.get('bubble', 0.0) / plan.time.seconds:.0%}",
         f"{plan.memory.bytes / GIB:.1f}" + "!" * (not plan.fits),
-        f"{seconds / DAY:,.2f}",
+        f"{length.seconds / DAY:,.2f}",
     ]
-    price = plan.dollars_for(tokens) if first.cluster.dollars_per_hour else seconds / HOUR * plan.layout.world
-    return [*cells, f"{price:,.0f}"]
+    return [*cells, f"{length.device_hours if length.dollars is None else length.dollars:,.0f}"]
 
 
-def _with_batch(config: Config, sequences: int) -> Config:
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"global_sequences": sequences})})
+def _batch_sizes(config: Config, sequences: float) -> dict[str, int]:
+    """Return the sizes of a batch by their settings, both ends of one that grows, for a full one of `sequences`."""
+    batch = config.batch
+    sizes = {"global_sequences": batch.global_sequences}
+    if batch.rampup:
+        sizes |= {"rampup.start": batch.rampup.start, "rampup.increment": batch.rampup.increment}
+    return {name: max(round(size * sequences / batch.global_sequences), 1) for name, size in sizes.items()}
+
+
+def _with_batch(config: Config, sizes: dict[str, int]) -> Config:
+    batch = config.batch
+    if "rampup.start" in sizes and batch.rampup:
+        start, increment = sizes["rampup.start"], sizes["rampup.increment"]
+        rampup = batch.rampup.model_copy(update={"start": start, "increment": increment})
+        batch = batch.model_copy(update={"rampup": rampup})
+    batch = batch.model_copy(update={"global_sequences": sizes.get("global_sequences", batch.global_sequences)})
+    return config.model_copy(update={"batch": batch})

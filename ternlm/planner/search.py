@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ternlm.config.layout import resolve_layout
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
 from ternlm.planner.bounds import MeshBound
@@ -78,7 +77,8 @@ class Search:
 
     def _legal_meshes(self) -> Iterator[Choice]:
         for mesh in meshes(self.config, self.world, self.cluster.devices_per_node):
-            problem = (self._problem(self._smallest(mesh)) and self._problem(mesh)) or self._setting_problem(mesh)
+            problem = self._problem(self._smallest(mesh)) and self._problem(mesh)
+            problem = problem or mesh.settings_problem(self.config)
             if problem:
                 self._refuse(problem)
                 continue
@@ -106,20 +106,7 @@ class Search:
         return peak_memory(choice.in_config(self.config), choice.layout(self.world), self.cluster).bytes
 
     def _problem(self, choice: Choice) -> str | None:
-        """Return why a choice isn't legal, None where it is."""
-        try:
-            resolve_layout(choice.in_config(self.config), self.world)
-        except ConfigError as error:
-            return str(error)
-        return None
-
-    def _setting_problem(self, mesh: Choice) -> str | None:
-        """Return which other setting has no meaning with a mesh, None where all have."""
-        try:
-            mesh.checked_in(self.config)
-        except ConfigError as error:
-            return str(error)
-        return None
+        return choice.layout_problem(self.config, self.world)
 
     def _refuse(self, message: str) -> None:
         kind = re.sub(r"\d+", "#", message.partition(";")[0])
@@ -164,9 +151,9 @@ class Search:
             reasons = "; ".join(f"{message} ({count} of them)" for message, count in found.illegal.most_common(3))
             return f"no layout of {self.world} devices is legal: {reasons}"
         least, choice = found.least
+        where = " ".join(choice.overrides(choice_of(self.config), self.world)) or "the degrees of the recipe"
         return (
             f"no layout of {self.world} devices of {self.cluster.memory_gib:g} GiB fits: the least is "
-            f"{least / GIB:.1f} GiB, at "
-            f"{' '.join(choice.overrides(choice_of(self.config))) or 'the degrees of the recipe'}; take more devices, "
-            "ones with more memory, shorter sequences or a smaller model"
+            f"{least / GIB:.1f} GiB, at {where}; take more devices, ones with more memory, "
+            "shorter sequences or a smaller model"
         )

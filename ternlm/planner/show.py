@@ -9,24 +9,28 @@ from rich.table import Table
 
 from ternlm.config.layout import Layout
 from ternlm.planner.explain import explain_memory, explain_time
+from ternlm.planner.length import Length
 from ternlm.planner.memory import GIB
-from ternlm.planner.plan import DAY, HOUR, Plan
+from ternlm.planner.plan import DAY, MEMORY_ERROR, Plan
 from ternlm.planner.units import human_count, human_seconds
 
+NEAR_LIMIT = f"within the planner's error of {MEMORY_ERROR:.0%} of the limit: try it for some steps first."
 SHOWN = 5e-4
 """Share of a step from which a part has a line of its own."""
 
 
-def plan_tables(plan: Plan, tokens: float) -> Group:
-    """Return what is printed. tokens: how long the run is."""
-    return Group(*_heading(plan), _time(plan), _memory(plan), *_verdict(plan), run_length(plan, tokens))
+def plan_tables(plan: Plan, length: Length) -> Group:
+    """Return what is printed. length: of the run."""
+    return Group(*_heading(plan), _time(plan), _memory(plan), *_verdict(plan), length_words(length))
 
 
-def plan_figures(plan: Plan) -> dict[str, Any]:
+def plan_figures(plan: Plan, length: Length) -> dict[str, Any]:
     """Return every figure in seconds, bytes, operations and pieces, as JSON can hold it."""
     return {
         "cluster": plan.cluster.name,
         "devices_per_node": plan.cluster.devices_per_node,
+        "devices": plan.layout.world,
+        "nodes": plan.nodes,
         "layout": {**asdict(plan.layout), "data": plan.layout.data},
         "step_tokens": plan.step_tokens,
         "step_seconds": plan.time.seconds,
@@ -38,16 +42,18 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "memory_bytes": plan.memory.parts,
         "device_memory_bytes": plan.cluster.memory_gib * GIB,
         "fits": plan.fits,
+        "fits_barely": plan.fits_barely,
         "bounds": plan.bounds,
+        "run": asdict(length),
     }
 
 
-def run_length(plan: Plan, tokens: float) -> str:
+def length_words(length: Length) -> str:
     """Say how long a run takes, and what it costs where the cluster has a price."""
-    seconds = plan.seconds_for(tokens)
-    text = f"{human_count(tokens)} tokens take {seconds / DAY:,.2f} days, {seconds / HOUR * plan.layout.world:,.0f}"
-    priced = f", {plan.dollars_for(tokens):,.0f} dollars" if plan.cluster.dollars_per_hour else ""
-    return f"{text} device-hours{priced}, without checkpoints and failures"
+    text = f"{human_count(length.tokens)} tokens take {length.seconds / DAY:,.2f} days, {length.device_hours:,.0f}"
+    priced = "" if length.dollars is None else f", {length.dollars:,.0f} dollars"
+    growing = f", with {length.growing_steps:,.0f} steps of smaller batches" * bool(length.growing_steps)
+    return f"{text} device-hours{priced}{growing}, without checkpoints and failures"
 
 
 def layout_words(layout: Layout) -> str:
@@ -99,6 +105,8 @@ def _verdict(plan: Plan) -> list[str]:
     limit, seconds = next(iter(plan.bounds.items()))
     free = plan.cluster.memory_gib - plan.memory.bytes / GIB
     fit = f"Fits, with {free:.1f} GiB to spare." if plan.fits else f"Does NOT fit: {-free:.1f} GiB too much."
+    if plan.fits_barely:
+        fit = f"Fits, with {free:.1f} GiB to spare, but {NEAR_LIMIT}"
     return [
         f"{human_seconds(plan.time.seconds)} a step, {plan.tokens_per_second:,.0f} tokens/s a device, "
         f"{plan.tokens_per_second * plan.layout.world:,.0f} in all",

@@ -9,10 +9,11 @@ from rich.table import Table
 
 from ternlm.config.run import Config
 from ternlm.planner.choice import choice_of
+from ternlm.planner.length import run_length
 from ternlm.planner.memory import GIB
 from ternlm.planner.plan import Plan
 from ternlm.planner.search import Found
-from ternlm.planner.show import layout_words
+from ternlm.planner.show import NEAR_LIMIT, layout_words
 
 
 def search_tables(found: Found, config: Config) -> Group:
@@ -25,24 +26,30 @@ def search_tables(found: Found, config: Config) -> Group:
     table.add_column("why it isn't the first", overflow="fold", ratio=2)
     for number, (choice, plan) in enumerate(found.best, 1):
         figures = f"{plan.tokens_per_second:,.0f}", f"{plan.mfu.full:.1%}", f"{plan.memory.bytes / GIB:.1f}"
-        settings = " ".join(choice.overrides(before)) or "as in the recipe"
+        settings = " ".join(choice.overrides(before, plan.layout.world)) or "as in the recipe"
         table.add_row(str(number), *figures, settings, loses_by(plan, fastest) if number > 1 else "")
-    auto = ["parallel.auto=false", "parallel.cluster="] if config.parallel.auto else []
-    typed = " ".join([*auto, *best.overrides(before)]) or "nothing: the recipe has it"
-    return Group(table, f"The first: {layout_words(fastest.layout)}", f"To take it, add: {typed}", "", *_refused(found))
+    typed = " ".join(best.overrides(before, fastest.layout.world)) or "nothing: the recipe has it"
+    said = [f"The first: {layout_words(fastest.layout)}", f"To take it, add: {typed}"]
+    said += [f"Its memory is {NEAR_LIMIT}"] * fastest.fits_barely
+    return Group(table, *said, "", *_refused(found))
 
 
-def search_figures(found: Found, config: Config) -> dict[str, Any]:
-    """Return the same as plain numbers."""
-    before = choice_of(config)
+def search_figures(found: Found, config: Config, tokens: float, first: int = 0) -> dict[str, Any]:
+    """Return the same as plain numbers, with the length of the run: `tokens` from the step number `first` on."""
+    before, fastest = choice_of(config), found.best[0][1]
     return {
+        "cluster": fastest.cluster.name,
+        "devices_per_node": fastest.cluster.devices_per_node,
+        "devices": fastest.layout.world,
+        "nodes": fastest.nodes,
         "best": [
             {
-                "overrides": choice.overrides(before),
+                "overrides": choice.overrides(before, plan.layout.world),
                 "choice": asdict(choice),
                 "tokens_per_second_per_device": plan.tokens_per_second,
                 "step_seconds": plan.time.seconds,
                 "memory_bytes": plan.memory.bytes,
+                "run": asdict(run_length(plan, tokens, first)),
             }
             for choice, plan in found.best
         ],

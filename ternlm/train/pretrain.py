@@ -14,7 +14,7 @@ from ternlm.config.section import ConfigError, UserError
 from ternlm.data.atomic import write_atomically
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.model.decoder import CausalLM
-from ternlm.monitor.peak import device_name, device_peak
+from ternlm.monitor.peak import device_memory_gib, device_name, device_peak
 from ternlm.monitor.sinks import Sink, open_sinks
 from ternlm.parallel.group import process_group
 from ternlm.parallel.launch import find_launch, log_from
@@ -50,12 +50,15 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
         raise ConfigError("sample.every_steps needs a sampler; pass continue_texts")
     launch = find_launch()
     log_from(launch)
+    if not config.parallel.auto:  # before a device is touched
+        resolve_layout(config, launch.world)
     device = choose_device(config.compute.device, launch.local_rank if launch.world > 1 else None)
-    config = take_best(config, launch.world, device_name(device), launch.node_ranks)
+    seen = device_name(device), launch.node_size, device_memory_gib(device)
+    config = take_best(config, launch.world, *seen)
     layout = resolve_layout(config, launch.world)
-    cluster = known_cluster(config, device_name(device), launch.node_ranks)
+    cluster = known_cluster(config, *seen)
     if config.monitor.plan_every_steps:
-        cluster = cluster_of(config, "monitor.plan_every_steps", device_name(device), launch.node_ranks)
+        cluster = cluster_of(config, "monitor.plan_every_steps", *seen)
         make_plan(config, cluster, launch.world)  # tells at once what can't be planned
     guard = ShortageGuard(config, layout, launch, device, cluster)
     if not launch.rank:

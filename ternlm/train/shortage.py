@@ -49,7 +49,7 @@ class ShortageGuard:
     def warn(self) -> None:
         """Warn of a run that is predicted to need more memory than there is."""
         # Ranks on a CPU share its memory. A known device's reserve is in the prediction.
-        sharers = 1 if self._device.type == "cuda" else self._launch.node_ranks
+        sharers = 1 if self._device.type == "cuda" else self._launch.node_size
         left = device_memory(self._device) / sharers - (0 if self._cluster else self._before)
         said = warn_of_shortage(self._config, self._layout, left, self._cluster)
         if said:

@@ -15,6 +15,8 @@ from rich.table import Table
 from ternlm.config import Config
 from ternlm.config.outputs import check_writable
 from ternlm.config.section import ConfigError
+from ternlm.planner.auto import take_best
+from ternlm.planner.known import find_cluster
 from ternlm.planner.units import human_bytes, human_flops
 from ternlm.train.simulate import Simulation, simulate
 
@@ -23,12 +25,13 @@ def run_simulation(
     config: Config,
     world: int,
     rank: int = 0,
-    devices_per_node: int = 8,
+    devices_per_node: int | None = None,
     json_file: Path | None = None,
     timeline: Path | None = None,
 ) -> Simulation:
     """Simulate a step of one rank, print its tables, and write the files that are asked for.
 
+    devices_per_node: those of `parallel.cluster` if not given, else 8. With `parallel.auto`, the planner lays it out.
     Raises ConfigError before anything is simulated where the layout doesn't fit or a file can't be written.
     """
     if not 0 <= rank < world:
@@ -36,6 +39,14 @@ def run_simulation(
     for option, file in (("--json", json_file), ("--timeline", timeline)):
         if file is not None:
             check_writable(option, file)
+    if config.parallel.auto and not config.parallel.cluster:
+        raise ConfigError(
+            "parallel.auto = true needs parallel.cluster where no device is looked at; set it to a known cluster, as "
+            "in parallel.cluster=h100x8, or to a file that `tern calibrate` wrote"
+        )
+    cluster = find_cluster(config.parallel.cluster) if config.parallel.cluster else None
+    devices_per_node = devices_per_node or (cluster.devices_per_node if cluster else 8)
+    config = take_best(config, world)
     with Console(stderr=True).status(f"simulating rank {rank} of {world:,}"), _torch_silent():
         simulation = simulate(config, world, rank, devices_per_node)
     Console().print(tables(simulation, config))  # first, since writing may fail yet

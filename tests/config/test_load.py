@@ -285,3 +285,12 @@ def test_any_table_is_a_config_or_a_config_error(sections: dict[str, Any]) -> No
     except ConfigError:
         return
     assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_settings_may_be_added_to_the_short_form_of_a_section(recipe: Path) -> None:
+    recipe.write_text('parallel = "auto"\n' + RECIPE)
+    parallel = load_config(recipe, ["parallel.cluster=h100x8", "parallel.tensor=2"]).parallel
+    assert (parallel.auto, parallel.cluster, parallel.tensor) == (True, "h100x8", 2)
+    assert not load_config(recipe, ["parallel.auto=false", "parallel.tensor=2"]).parallel.auto
+    assert load_config(recipe, ["parallel.tensor=2", "parallel=auto"]).parallel.tensor == 1
+    assert "there is no tensor in a value, 'other'" in wrong(recipe, "parallel=other", "parallel.tensor=2")

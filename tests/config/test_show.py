@@ -130,6 +130,8 @@ def test_the_schema_describes_each_setting() -> None:
     assert {"required": ["preset"]} in model["anyOf"]
     assert "internlm-7b" in model["properties"]["preset"]["enum"]
     assert "from" in schema["$defs"]["LoadConfig"]["properties"]
+    parallel = {"$ref": "#/$defs/ParallelConfig"}
+    assert schema["properties"]["parallel"]["anyOf"] == [{"const": "auto", "type": "string"}, parallel]
     for section in schema["$defs"].values():
         assert section["additionalProperties"] is False
         for name, field in section["properties"].items():

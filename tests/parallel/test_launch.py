@@ -67,6 +67,17 @@ def test_torchrun_and_slurm_are_read():
     assert find_launch({**slurm, "SLURM_RESTART_COUNT": "1"}) == Launch(9, 16, 1, restarted=True)
 
 
+def test_the_ranks_of_a_node_are_read_where_the_launcher_says_them():
+    torchrun = {"RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    assert find_launch({**torchrun, "LOCAL_WORLD_SIZE": "4"}).node_size == 4
+    assert find_launch(torchrun).node_size == 16
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE = 'many' must be a number"):
+        find_launch({**torchrun, "LOCAL_WORLD_SIZE": "many"})
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    assert find_launch({**slurm, "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}).node_size == 8
+    assert find_launch(slurm).node_size == 16
+
+
 def test_a_rank_of_slurm_that_sees_one_device_alone_takes_it():
     slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
     assert find_launch({**slurm, "CUDA_VISIBLE_DEVICES": "3"}) == Launch(11, 16, 0)  # --gpus-per-task=1

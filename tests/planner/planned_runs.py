@@ -1,33 +1,11 @@
 """Runs that the planner's tests speak of: settings as tables, and how much one rank computes of them."""
 
-from ternlm.config import Config, config_from_dict
+from small_runs import settings
+
+from ternlm.config import Config
 from ternlm.config.layout import Layout, resolve_layout
 from ternlm.planner.step_time import StepTime, describe_step, step_time
 from ternlm.planner.work import Kernels, step_work
-
-
-def settings(changes=None, sequences=32, model=None):
-    """Return the settings of a small model, or of another, with changes to each section."""
-    table = {
-        "model": model
-        or {
-            "vocab_size": 2048,
-            "hidden_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 640,
-            "attention_bias": True,
-        },
-        "data": {"seq_len": 512, "sources": [{"name": "a", "path": "a"}]},
-        "batch": {"global_sequences": sequences},
-        "train": {"steps": 10},
-        "compute": {"dtype": "bfloat16", "compile": "off"},
-        "parallel": {"allow_untested": True},
-    }
-    for section, fields in (changes or {}).items():
-        table[section] = {**table.get(section, {}), **fields}
-    return config_from_dict(table)
 
 
 def counted_flops(config: Config, layout: Layout, stage: int = 0) -> float:

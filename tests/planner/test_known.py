@@ -112,3 +112,11 @@ def test_a_good_cluster_file_is_taken(tmp_path):
 def test_an_unknown_cluster_is_refused_with_the_nearest_and_all_known():
     with pytest.raises(ConfigError, match=r"'h10x8' is neither a file nor known; did you mean h100x8\?.*a100x8"):
         find_cluster("h10x8")
+
+
+def test_a_recipe_for_a_cluster_is_named_as_one(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\npreset = 'tiny'\n")
+    with pytest.raises(ConfigError, match=r"run\.toml' is a recipe, with \[model\].*; name the recipe first") as caught:
+        find_cluster(str(path))
+    assert "is not a setting" not in str(caught.value)

@@ -5,7 +5,8 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
-from planned_runs import internlm, settings
+from planned_runs import internlm
+from small_runs import settings
 
 from ternlm.config import config_from_dict, config_to_dict, load_config, render
 from ternlm.config.layout import resolve_layout
@@ -18,6 +19,7 @@ from ternlm.planner.explain import explain_memory, explain_time, whole_step
 from ternlm.planner.flops import training_flops_per_token
 from ternlm.planner.job import Request, run_plan
 from ternlm.planner.known import find_cluster
+from ternlm.planner.length import run_length
 from ternlm.planner.plan import make_plan
 from ternlm.planner.scale import doublings, scale
 from ternlm.planner.search import Search
@@ -63,7 +65,7 @@ def test_a_plan_is_the_sum_of_what_it_explains():
     # Its share of what is counted as causal, but that attention's backward makes the scores anew.
     kernels = whole_step(plan)
     assert kernels.flops - kernels.attention_flops / 2 == pytest.approx(plan.flops.causal)
-    assert plan.seconds_for(plan.step_tokens) == pytest.approx(plan.time.seconds)
+    assert run_length(plan, plan.step_tokens).seconds == pytest.approx(plan.time.seconds)
 
 
 @pytest.mark.parametrize(("world", "gib"), [(4, 80.0), (4, 0.25), (6, 0.3)])

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
-from planned_runs import internlm, predict, settings
+from planned_runs import internlm, predict
+from small_runs import settings
 
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError

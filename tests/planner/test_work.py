@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from planned_runs import counted_flops, settings
+from planned_runs import counted_flops
+from small_runs import settings
 
 from ternlm.config.layout import Layout, resolve_layout
 from ternlm.config.model import PRESETS, ModelConfig

@@ -211,6 +211,12 @@ def test_a_signal_saves_and_stops_cleanly(make_config, monkeypatch, number):
     assert signal.getsignal(number) == before
 
 
+def test_a_bad_layout_is_told_before_a_device_is_touched(make_config, monkeypatch):
+    monkeypatch.setattr("ternlm.train.pretrain.choose_device", lambda *unused: pytest.fail("touched a device"))
+    with pytest.raises(ConfigError, match="must divide the number of ranks, 1"):
+        pretrain(make_config(parallel={"pipeline": 3}))
+
+
 def test_a_run_that_another_process_trains_is_refused(make_config):
     config = make_config()
     with run_lock(Path(config.out)), pytest.raises(ConfigError, match="being trained by another process"):

@@ -3,37 +3,30 @@ import subprocess
 import sys
 
 import pytest
+import small_runs
 import torch
 import torch.distributed as dist
 
-from ternlm.config import config_from_dict
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
 from ternlm.config.stages import own_stages
 from ternlm.planner.step_traffic import parameters, step_traffic
 from ternlm.train.simulate import simulate
 
+MODEL = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 90,
+    "attention_bias": True,
+}
+
 
 def settings(changes=None, sequences=16):
-    table = {
-        "model": {
-            "vocab_size": 128,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 90,
-            "attention_bias": True,
-        },
-        "data": {"seq_len": 64, "sources": [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]},
-        "batch": {"global_sequences": sequences},
-        "train": {"steps": 10},
-        "compute": {"dtype": "bfloat16", "compile": "off"},
-        "parallel": {"allow_untested": True},
-    }
-    for section, fields in (changes or {}).items():
-        table[section] = {**table.get(section, {}), **fields}
-    return config_from_dict(table)
+    data = {"seq_len": 64, "sources": [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]}
+    return small_runs.settings({"data": data, **(changes or {})}, sequences, MODEL)
 
 
 FOUR = {"num_hidden_layers": 4}

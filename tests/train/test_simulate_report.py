@@ -4,12 +4,15 @@ import errno
 import json
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from ternlm.cli import main
 from ternlm.config import load_config
+from ternlm.config.layout import resolve_layout
+from ternlm.planner.auto import take_best
 from ternlm.train.simulate_report import human_bytes, human_flops, run_simulation
 
 RECIPE = """# A small run, whose data don't exist.
@@ -94,6 +97,18 @@ def test_bytes_are_written_with_their_unit():
 def test_operations_are_written_with_their_unit():
     written = [human_flops(n) for n in (4.5e6, 1.23e9, 9.9949e11, 1.5e12, 1.772e14, 3e15)]
     assert written == ["4.5 MFLOP", "1.23 GFLOP", "999 GFLOP", "1.5 TFLOP", "177 TFLOP", "3,000 TFLOP"]
+
+
+def test_a_layout_left_to_the_planner_is_the_one_that_training_would_take(tern, tmp_path, capsys):
+    auto = ["small.toml", "parallel.auto=true", "data.seq_len=128", "--world-size", "4", "--json", "figures.json"]
+    assert tern("simulate", *auto) == 2
+    assert "parallel.auto = true needs parallel.cluster" in capsys.readouterr().err
+    assert tern("simulate", *auto, "parallel.cluster=h100x2") == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    config = load_config("small.toml", ["data.seq_len=128", "parallel.auto=true", "parallel.cluster=h100x2"])
+    taken = resolve_layout(take_best(config, 4), 4)
+    assert figures["layout"] == {**asdict(taken), "data": taken.data}
+    assert figures["devices_per_node"] == 2
 
 
 def test_tables_are_printed_though_a_file_cannot_be_written_after_all(tern, tmp_path, capsys, monkeypatch):

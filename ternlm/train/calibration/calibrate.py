@@ -12,13 +12,14 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from ternlm.config.outputs import check_writable
 from ternlm.config.section import ConfigError
 from ternlm.config.training import ComputeConfig
 from ternlm.parallel.group import process_group
 from ternlm.parallel.launch import Launch, find_launch, log_from
 from ternlm.planner.cluster import Cluster, NumberFormat
 from ternlm.planner.devices import peak_tflops
-from ternlm.train.calibration.cluster_file import check_writable, make_cluster, write_cluster
+from ternlm.train.calibration.cluster_file import make_cluster, write_cluster
 from ternlm.train.calibration.kernels import Sizes, sizes_for
 from ternlm.train.calibration.links import LinkFigures, measure_links, node_size
 from ternlm.train.calibration.rates import DeviceFigures, measure_device, slowest
@@ -42,8 +43,9 @@ def calibrate(
     """
     if not seconds >= 1:
         raise ConfigError(f"--seconds = {seconds:g} must be at least 1; a minute gives steady figures")
-    check_writable(out)
     launch = find_launch()
+    if launch.rank == 0:  # which writes; others' nodes may have no such folder
+        check_writable("--out", out)
     node_size(launch)
     log_from(launch)
     chosen = choose_device(device, launch.local_rank if launch.world > 1 else None)

@@ -3,12 +3,11 @@
 Measures nothing itself.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ternlm.config.load import config_to_dict
-from ternlm.config.section import ConfigError, fields_of
+from ternlm.config.section import fields_of
 from ternlm.data.atomic import write_atomically
 from ternlm.planner.cluster import Cluster, Links, NumberFormat, Rates
 from ternlm.train.calibration.links import LinkFigures
@@ -45,12 +44,6 @@ def make_cluster(
             contention=links.contention,
         ),
     )
-
-
-def check_writable(path: Path) -> None:
-    """Raise ConfigError where the file couldn't be written, before a minute is spent on measuring."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--out = {str(path)!r} can't be written; give a file's path in a folder that exists")
 
 
 def write_cluster(path: Path, cluster: Cluster, how: Mapping[str, str]) -> None:

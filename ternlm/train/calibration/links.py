@@ -4,7 +4,6 @@ All functions are collective: every rank must call them at the same point. Compu
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,16 +50,14 @@ class LinkFigures:
     """For readers: GB/s of each operation in each group, at the largest payload."""
 
 
-def node_size(launch: Launch, environment: dict[str, str] | None = None) -> int:
-    """Return the ranks of a node, as the launcher says; raises ConfigError where nodes would differ."""
-    said = (environment if environment is not None else dict(os.environ)).get("LOCAL_WORLD_SIZE", str(launch.world))
-    size = int(said) if said.isdecimal() else 0
-    if size < 1 or launch.world % size:
+def node_size(launch: Launch) -> int:
+    """Return the ranks of a node; raises ConfigError where nodes would differ."""
+    if launch.world % launch.node_size:
         raise ConfigError(
-            f"LOCAL_WORLD_SIZE = {said!r} with WORLD_SIZE = {launch.world}: every node must have the same number of "
+            f"{launch.node_size} ranks on a node, {launch.world} in all: every node must have the same number of "
             "ranks; start the ranks with torchrun --nproc-per-node N on all nodes"
         )
-    return size
+    return launch.node_size
 
 
 def measure_links(launch: Launch, device: torch.device, seconds: float) -> LinkFigures:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ternlm.checkpoint.errors import cause_of
+from ternlm.checkpoint.causes import cause_of
 
 
 class FullDisk(io.BytesIO):

@@ -24,12 +24,15 @@ from cpu_shapes import HELD_OUT, SHAPES, Shape, make_config, write_data
 from ternlm.config import Config, render
 from ternlm.config.layout import Layout
 from ternlm.planner.cluster import Cluster
+from ternlm.planner.compare import KERNELS, comparable
 from ternlm.planner.known import find_cluster
 from ternlm.planner.step_time import StepTime, describe_step, step_time
 
 HERE = Path(__file__).resolve().parent
 CALM = 0.02
 WARM_UP = 3
+PROFILED = 3
+"""Steps of each run whose parts are measured."""
 sys.path.insert(0, str(HERE.parent / "train_cpu"))
 
 
@@ -67,11 +70,13 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     documents: list[float] = field(default_factory=list)
     disturbed: int = 0
+    parts: list[dict[str, float]] = field(default_factory=list)
+    """Of profiled steps."""
 
     def step(self, counts: bool = True) -> bool:
         """Let the process take a step; return whether the machine was calm."""
         machine = Machine(self.process.pid)
-        said = self._ask()
+        said = self._ask("step")
         calm = machine.others() < CALM
         if calm and counts:
             self.seconds.append(said["seconds"])
@@ -79,10 +84,19 @@ class Measured:
         self.disturbed += counts and not calm
         return calm
 
-    def _ask(self) -> dict[str, Any]:
+    def profile(self) -> bool:
+        """Let the process take a step that is profiled; return whether the machine was calm."""
+        machine = Machine(self.process.pid)
+        said = self._ask("profile")
+        calm = machine.others() < CALM
+        if calm:
+            self.parts.append(comparable(said["parts"]))
+        return calm
+
+    def _ask(self, what: str) -> dict[str, Any]:
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write("step\n")
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
@@ -135,13 +149,20 @@ def calibrate(out: Path, seconds: float, until: float) -> tuple[Cluster, float]:
 
 
 def measure(runs: list[Measured], steps: int, until: float) -> None:
-    """Take a step of each run in turns, back and forth, until each has so many calm ones, or `until`."""
+    """Take a step of each run in turns, back and forth, until each has so many calm ones, or `until`.
+
+    Then a few profiled ones, likewise.
+    """
     turn = 0
     while (left := [run for run in runs if len(run.seconds) < steps]) and time.monotonic() < until:
         for run in left if turn % 2 else reversed(left):
             if not run.step():
                 wait_for_calm(until)
         turn += 1
+    while (left := [run for run in runs if len(run.parts) < PROFILED]) and time.monotonic() < until + 300:
+        for run in left:
+            if not run.profile():
+                wait_for_calm(until + 300)
 
 
 def plan(run: Measured, cluster: Cluster) -> StepTime:
@@ -155,6 +176,7 @@ def result_of(run: Measured, cluster: Cluster, held_out: bool) -> dict[str, Any]
     if len(run.seconds) < 3:
         raise SystemExit(f"{run.shape.name}: only {len(run.seconds)} calm steps; run again on a quieter machine")
     planned, measured = plan(run, cluster), statistics.median(run.seconds)
+    parts = sorted({part for step in run.parts for part in step})
     return {
         "shape": asdict(run.shape),
         "held_out": held_out,
@@ -164,6 +186,8 @@ def result_of(run: Measured, cluster: Cluster, held_out: bool) -> dict[str, Any]
         "planned_seconds": planned.seconds,
         "error": planned.seconds / measured - 1,
         "planned_parts": planned.parts,
+        "measured_parts": {part: statistics.median(step.get(part, 0.0) for step in run.parts) for part in parts},
+        "steps_profiled": len(run.parts),
         "steps": run.seconds,
         "steps_left_out": run.disturbed,
     }
@@ -200,7 +224,29 @@ def format_report(result: dict[str, Any]) -> str:
             f"| {name} | {about} | {tokens} | {row['measured_seconds']:.3f} | {len(row['steps'])} "
             f"({row['steps_left_out']}) | {row['planned_seconds']:.3f} | {row['error']:+.1%} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *format_parts(result["runs"]), ""])
+
+
+def format_parts(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of parts: measured and planned, and how far apart as a share of the planned step."""
+    lines = [
+        "By parts, of profiled steps (`monitor.plan_every_steps` shows the same while a run trains): measured / "
+        "planned milliseconds, and the difference as a share of the planned step. `idle` is Python and what isn't in "
+        "an operator.",
+        "",
+        f"| run | {' | '.join(KERNELS)} |",
+        f"|---|{'---|' * len(KERNELS)}",
+    ]
+    worst = 0.0
+    for row in rows:
+        planned, cells = comparable(row["planned_parts"]), []
+        for part in KERNELS:
+            measured, expected = row["measured_parts"].get(part, 0.0), planned.get(part, 0.0)
+            off = (measured - expected) / row["planned_seconds"]
+            worst = max(worst, abs(off))
+            cells.append(f"{measured * 1e3:.1f} / {expected * 1e3:.1f} ({off:+.1%})")
+        lines.append(f"| {row['shape']['name']} | {' | '.join(cells)} |")
+    return [*lines, "", f"The part that is furthest off: {worst:.1%} of a planned step."]
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """One training run in a process of its own, that takes a step whenever its standard input says so.
 
 Started by cpu.py with a file of settings. Through the same path as `tern train`: `set_up` and `train_loop`. Prints
-`ready` once it is set up, and after each step its seconds and the lengths of the documents in it, as JSON.
+`ready` once it is set up, and after each step its seconds and the lengths of the documents in it, as JSON; of a step
+that is asked for as `profile`, its seconds by part too.
 """
 
 import json
@@ -12,8 +13,9 @@ from contextlib import closing
 
 from ternlm.config import load_config
 from ternlm.data.batch import Batch
+from ternlm.monitor.step_profile import StepProfile
 from ternlm.planner.flops import squared_lengths
-from ternlm.train.loop import train_loop
+from ternlm.train.loop import Every, train_loop
 from ternlm.train.report import Reporter
 from ternlm.train.run import Run, set_up
 
@@ -24,19 +26,25 @@ class Stepwise:
     def __init__(self) -> None:
         self.lengths: list[tuple[int, ...]] = []
         """Of the segments in the newest step's rows."""
+        self.profiled = False
+        """Whether the step that was asked for is to be profiled."""
+        self.parts: dict[str, float] = {}
         self._began = 0.0
 
     def wait(self) -> None:
         """Start the clock when a line comes; end the process when none will."""
-        if not sys.stdin.readline():
+        line = sys.stdin.readline()
+        if not line:
             sys.exit()
+        self.profiled, self.parts = line == "profile\n", {}
         self._began = time.perf_counter()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tell the step that has just ended."""
         seconds, tokens = time.perf_counter() - self._began, sum(map(sum, self.lengths))
         document = squared_lengths(self.lengths) / tokens
-        print(json.dumps({"seconds": seconds, "document": document, "loss": metrics["loss/total"]}), flush=True)
+        said = {"seconds": seconds, "document": document, "loss": metrics["loss/total"], "parts": self.parts}
+        print(json.dumps(said), flush=True)
         self.wait()
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -62,8 +70,15 @@ def main() -> None:
     sink = Stepwise()
     with closing(Reporter(run, [sink], peak_tflops=1.0)) as reporter, closing(run.loader):
         print("ready", flush=True)
+        profile = StepProfile(run.mesh)
+
+        def read() -> dict[str, float]:
+            sink.parts = profile.stop()
+            return {}
+
         sink.wait()
-        train_loop(run, batches(run, sink), reporter)
+        profiled = Every(lambda step: sink.profiled, read, lambda microbatches: profile.start())
+        train_loop(run, batches(run, sink), reporter, [profiled])
 
 
 if __name__ == "__main__":

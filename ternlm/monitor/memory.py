@@ -1,5 +1,6 @@
-"""The most memory a run has held so far."""
+"""How much memory a device has, and how much of it a run holds or has held."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -7,19 +8,66 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")  # proc(5): Linux alone has it
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroups, version 2: a container's limit, or "max"
 
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes held at one time since the process began.
 
-    Of a CUDA device, what its allocator held; else what the whole process held in main memory.
+    Of a CUDA device, what its allocator held; else what the whole process held in main memory, on Linux to about a
+    hundred pages (proc(5)).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # getrusage's figure survives exec: it may be that of the process that started this one. VmHWM doesn't.
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+    peak = _status("VmHWM")
+    if peak is None:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = used if sys.platform == "darwin" else used * 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+    return peak
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of a CUDA device, else those of main memory that this process may take."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    if _GROUP_LIMIT.is_file() and (text := _GROUP_LIMIT.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    if (address_space := _address_space()) is not None:
+        limits.append(address_space)
+    return min(limits)
+
+
+def held_memory(device: torch.device) -> int:
+    """Return the bytes that are held now.
+
+    Of a CUDA device, tensors'; else all of the process, counted as what limits it is: its address space where that is
+    limited, else what lies in main memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    held = _status("VmRSS" if _address_space() is None else "VmSize")
+    return peak_memory(device) if held is None else held
+
+
+def memory_of_others(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that hold no tensors of this process.
+
+    The driver's, the communication library's and other processes', and what lies between tensors.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_allocated(device)
+
+
+def _address_space() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _status(name: str) -> int | None:
+    """Return an entry of this process's status in bytes; None where the system has none."""
+    if not _STATUS.exists():
+        return None
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == f"{name}:"), None)

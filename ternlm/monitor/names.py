@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 SOURCE = "SOURCE"
 """In a name: `total`, or a source's name from the settings."""
+PART = "PART"
+"""In a name: a part of a step."""
 
 
 class Metric(NamedTuple):
@@ -51,6 +53,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("data/wait_share", "share", "part of the last 50 steps' time that rank 0 waited for batches"),
     Metric("time/step_s", "s", "duration of the last step, waiting included"),
     Metric("time/elapsed_s", "s", "time spent in steps since the run began, over all its restarts"),
+    Metric("step/profiled_s", "s", "a profiled step's duration on the slowest rank, its batch not waited for"),
+    Metric("step/PART", "s", "of it, what went to a part: matmul, attention, all_gather_over_shard, waiting ..."),
+    Metric("planned/step_s", "s", "what the planner predicts of such a step"),
+    Metric("planned/PART", "s", "of it, what goes to the part"),
     Metric("time/eta_s", "s", "time left at the pace of the last 50 steps, or until the time budget", True),
 )
 
@@ -60,7 +66,7 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 def find_metric(name: str) -> Metric | None:
     """Return the entry of a metric's name, such as `loss/en`; None where the table has none."""
     group = name.partition("/")[0]
-    return _BY_NAME.get(name) or _BY_NAME.get(f"{group}/{SOURCE}")
+    return _BY_NAME.get(name) or _BY_NAME.get(f"{group}/{SOURCE}") or _BY_NAME.get(f"{group}/{PART}")
 
 
 def render_table() -> str:
@@ -70,7 +76,8 @@ def render_table() -> str:
         "",
         f"Names are `group/name_unit`, the same in every sink. `{SOURCE}` is `total` or the name of a data",
         "source. Of many devices, speeds are those of one. Steps count from 1; a step's metrics carry the",
-        "number of steps done. This page is written by `python -m ternlm.monitor.names > docs/metrics.md`.",
+        f"number of steps done. `{PART}` is a part of a step as `tern plan` names it. This page is written by",
+        "`python -m ternlm.monitor.names > docs/metrics.md`.",
         "",
         "| name | unit | meaning |",
         "|---|---|---|",

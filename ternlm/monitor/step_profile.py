@@ -118,7 +118,7 @@ def _segments(events: list[Mapping[str, Any]], mesh: Mesh) -> Iterator[_Segment]
     """Yield a thread's time within the step, operator by operator."""
     waiting = "bubble" if mesh.pipeline is not None else "launch"
     open_: list[_Open] = []
-    at = 0.0
+    at, newest = 0.0, "other"
 
     def upto(moment: float) -> Iterator[_Segment]:
         nonlocal at
@@ -142,8 +142,11 @@ def _segments(events: list[Mapping[str, Any]], mesh: Mesh) -> Iterator[_Segment]
             entered = _Open(end, waiting, False, False)
         elif above is None and mesh.device.type != "cuda":
             continue  # before the step, or after it
+        elif _is_collective(event["name"]) and _operation(event["name"]) == "other":  # waits for one, or wraps it
+            entered = _Open(end, newest, True, False)
         else:
             entered = _enter(event["name"], above, mesh)
+            newest = entered.part if " over " in entered.part else newest
             if above and above.gathers and entered.lasting and " over " in entered.part:
                 open_[-1] = above._replace(part=entered.part)  # what it waits for from now on
         open_.append(entered._replace(end=min(end, above.end) if above else end))

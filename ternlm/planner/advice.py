@@ -9,7 +9,7 @@ from dataclasses import replace
 from ternlm.config.layout import resolve_layout
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
-from ternlm.planner.choice import Choice, choice_of, meshes, recomputes, shardings
+from ternlm.planner.choice import RECOMPUTE_KEEPS, Choice, choice_of, meshes, recomputes, shardings
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.plan import Plan, check_document_tokens, in_format, make_plan
 
@@ -31,7 +31,10 @@ def plan_or_advise(config: Config, cluster: Cluster, world: int, document_tokens
 def cheapest_changes(
     config: Config, cluster: Cluster, world: int, document_tokens: int | None = None, count: int = 3
 ) -> list[tuple[Choice, Plan]]:
-    """Return the fastest changes of one kind (recompute, cuts, microbatch, one degree) that make a legal run fit."""
+    """Return the fastest changes of one kind that make a legal run fit, the fastest first.
+
+    Kinds: recomputing whole blocks, or all but their products; cuts; the microbatch; each degree.
+    """
     layout = resolve_layout(config, world)
     now = replace(choice_of(config), params=layout.params, grads=layout.grads, optimizer=layout.optimizer)
     best: list[tuple[Choice, Plan]] = []
@@ -45,7 +48,8 @@ def cheapest_changes(
 
 def _kinds(now: Choice, config: Config, cluster: Cluster, world: int) -> Iterator[list[Choice]]:
     """Yield the choices that differ from the present one in one kind of setting."""
-    yield [choice for choice in recomputes(now) if choice.recompute > now.recompute]
+    for keep in RECOMPUTE_KEEPS:
+        yield [one for one in recomputes(now) if one.recompute > now.recompute and one.recompute_keep == keep]
     yield [choice for choice in shardings(now, world) if choice != now]
     yield [
         replace(now, microbatch_sequences=rows)

@@ -40,23 +40,34 @@ def take_best(
 def cluster_of(config: Config, asked: str, device: str, devices_per_node: int, memory_gib: float = 0.0) -> Cluster:
     """Return what `parallel.cluster` names, else the known cluster of such devices.
 
-    asked: the setting that needs it. device, memory_gib: as PyTorch sees it; of several that it may be, the slowest is
-    taken, and said to be. Raises ConfigError where it isn't known.
+    asked: the setting that needs it. device, memory_gib: as PyTorch sees it; where that may be several, says which is
+    taken. Raises ConfigError where it isn't known.
+    """
+    cluster = known_cluster(config, device, devices_per_node, memory_gib)
+    if not cluster:
+        raise ConfigError(
+            f"{asked} doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
+            f"{', '.join(f'{name}x{devices_per_node}' for name in sheets())}, or to a file that `tern calibrate` wrote"
+        )
+    names = [f"{name}x{devices_per_node}" for name in sheets_of(device, memory_gib)]
+    if len(names) > 1 and not config.parallel.cluster:
+        logger.info(
+            "%s: %r may be %s; taken for the slowest, %s; to plan for another, set parallel.cluster=%s",
+            asked,
+            device,
+            " or ".join(names),
+            names[0],
+            names[-1],
+        )
+    return cluster
+
+
+def known_cluster(config: Config, device: str, devices_per_node: int, memory_gib: float = 0.0) -> Cluster | None:
+    """Return what `parallel.cluster` names, else the known cluster of such devices; None where there is none.
+
+    device, memory_gib: as PyTorch sees it; of several that it may be, the slowest is taken.
     """
     if config.parallel.cluster:
         return find_cluster(config.parallel.cluster)
-    if names := [f"{name}x{devices_per_node}" for name in sheets_of(device, memory_gib)]:
-        if len(names) > 1:
-            logger.info(
-                "%s: %r may be %s; taken for the slowest, %s; to plan for another, set parallel.cluster=%s",
-                asked,
-                device,
-                " or ".join(names),
-                names[0],
-                names[-1],
-            )
-        return find_cluster(names[0])
-    raise ConfigError(
-        f"{asked} doesn't know the device {device!r}; set parallel.cluster to what comes next to it, of "
-        f"{', '.join(f'{name}x{devices_per_node}' for name in sheets())}, or to a file that `tern calibrate` wrote"
-    )
+    name = next(iter(sheets_of(device, memory_gib)), None)
+    return find_cluster(f"{name}x{devices_per_node}") if name else None

@@ -20,6 +20,7 @@ _SECTIONS = {
 }
 
 LEAST_CONTEXT_TOKENS = 1024
+RECOMPUTE_KEEPS = ("matmuls", "nothing")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def meshes(config: Config, world: int, devices_per_node: int) -> Iterator[Choice
 def recomputes(choice: Choice) -> Iterator[Choice]:
     """Yield the same with each recompute, the least first."""
     yield choice
-    for keep in ("matmuls", "nothing"):
+    for keep in RECOMPUTE_KEEPS:
         for share in (0.25, 0.5, 0.75, 1.0):
             yield replace(choice, recompute=share, recompute_keep=keep)
 

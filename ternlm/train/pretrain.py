@@ -19,7 +19,7 @@ from ternlm.monitor.sinks import Sink, open_sinks
 from ternlm.parallel.group import process_group
 from ternlm.parallel.launch import find_launch, log_from
 from ternlm.parallel.mesh import Mesh, make_mesh
-from ternlm.planner.auto import cluster_of, take_best
+from ternlm.planner.auto import cluster_of, known_cluster, take_best
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.plan import make_plan
 from ternlm.train.lock import run_lock
@@ -27,6 +27,7 @@ from ternlm.train.loop import Every, train_loop
 from ternlm.train.precision import choose_device
 from ternlm.train.report import Reporter
 from ternlm.train.run import Run, check_alike, set_up
+from ternlm.train.shortage import ShortageGuard
 from ternlm.train.validate import validate
 from ternlm.train.watch import PlanWatch
 
@@ -55,16 +56,21 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
     seen = device_name(device), launch.node_size, device_memory_gib(device)
     config = take_best(config, launch.world, *seen)
     layout = resolve_layout(config, launch.world)
-    cluster = None
+    cluster = known_cluster(config, *seen)
     if config.monitor.plan_every_steps:
         cluster = cluster_of(config, "monitor.plan_every_steps", *seen)
         make_plan(config, cluster, launch.world)  # tells at once what can't be planned
+    guard = ShortageGuard(config, layout, launch, device, cluster)
+    if not launch.rank:
+        guard.warn()
     with process_group(launch, device, config.parallel.timeout_minutes), ExitStack() as stack:
         mesh = make_mesh(layout, launch.rank, device, config.parallel.timeout_minutes)
         check_alike("settings", render(config), mesh)
         _first_rank_enters(Path(config.out), mesh, stack)
         _check_shared(Path(config.out), mesh)
-        return _train(set_up(config, resume, mesh, launch.restarted), continue_texts, cluster)
+        with guard:
+            run = guard.run = set_up(config, resume, mesh, launch.restarted)
+            return _train(run, continue_texts, cluster)
 
 
 def _train(run: Run, continue_texts: Continue | None, cluster: Cluster | None) -> Run:
@@ -85,7 +91,7 @@ def _train(run: Run, continue_texts: Continue | None, cluster: Cluster | None) -
         stack.enter_context(closing(run.loader))
         reporter = stack.enter_context(closing(Reporter(run, sinks, _peak_tflops(run))))
         extras = _extras(run, reporter, continue_texts)
-        if cluster:
+        if cluster and config.monitor.plan_every_steps:
             watch = stack.enter_context(closing(PlanWatch(run, cluster)))
             extras.insert(0, watch.every(lambda step: step % config.monitor.plan_every_steps == 0))
         train_loop(run, run.loader, reporter, extras)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from ternlm.data.loader import Loader, ValidationBatches, validation_batches
 from ternlm.data.shards import MANIFEST
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
 from ternlm.monitor.health import SpikeRule
+from ternlm.monitor.memory import device_memory
 from ternlm.optim.groups import build_optimizers
 from ternlm.optim.scaler import LossScaler
 from ternlm.parallel.apply import wants_compile
@@ -254,19 +254,15 @@ def check_alike(what: str, text: str, mesh: Mesh) -> None:
 
 def _check_memory(config: Config, mesh: Mesh) -> None:
     """Refuse a model whose weights, gradients and optimizer alone don't fit, before anything is allocated."""
-    device, layout = mesh.device, mesh.layout
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    layout, there = mesh.layout, device_memory(mesh.device)
     own = config.model.num_params / (layout.tensor * layout.pipeline)
     # float32: weights, gradients, two moments; each as finely as it is cut between steps.
     needed = own * (4 / layout.shard + 4 / layout.grads + 8 / layout.optimizer)
     if needed > there:
         raise ConfigError(
             f"model: {config.model.num_params:,} parameters need {needed / 2**30:,.1f} GiB for weights, gradients and "
-            f"optimizer on each rank, and {device.type} has {there / 2**30:,.1f}; choose a smaller model, a larger "
-            "device, or more ranks and a finer sharding"
+            f"optimizer on each rank, and {mesh.device.type} has {there / 2**30:,.1f}; choose a smaller model, a "
+            "larger device, or more ranks and a finer sharding"
         )
 
 

@@ -18,4 +18,4 @@ def test_the_process_peak_grows_by_what_is_touched_and_stays():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     before, held, after = map(int, done.stdout.split())
     assert held - before >= 64 * 2**20
-    assert after >= held
+    assert after >= held - 2**20  # Linux adds its processors' own counts up now and then: proc(5), VmHWM is inexact

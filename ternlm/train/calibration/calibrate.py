@@ -90,6 +90,8 @@ def _how(figures: DeviceFigures, links: LinkFigures, launch: Launch) -> dict[str
     ranks = f"; median of {launch.world} ranks" if launch.world > 1 else ""
     how = {f"rates.{name}": text + ranks for name, text in figures.how.items()}
     how["peak_tflops"] = "the data sheet's, else of the fastest product"
+    if links.contention:
+        how["links.contention"] = "a CPU's cores do the exchanging too, so that nothing is hidden; not measured"
     if links.node_gb_s:
         figure = f"{links.node_latency_us:.0f} us for a small one"
         how["links.node_gb_s"] = "; ".join(

@@ -37,7 +37,12 @@ def make_cluster(
         dtype=dtype,
         source=source,
         rates=figures.rates,
-        links=Links(node_gb_s=links.node_gb_s, network_gb_s=links.network_gb_s, hop_us=links.hop_us),
+        links=Links(
+            node_gb_s=links.node_gb_s,
+            network_gb_s=links.network_gb_s,
+            hop_us=links.hop_us,
+            contention=links.contention,
+        ),
     )
 
 

@@ -6,7 +6,7 @@ All functions are collective: every rank must call them at the same point. Compu
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -43,6 +43,7 @@ class LinkFigures:
     node_gb_s: float = 0.0
     network_gb_s: float = 0.0
     hop_us: float = 0.0
+    contention: float = 0.0
     node_latency_us: float = 0.0
     """Of a small collective within a node; the planner counts none."""
     by_operation: tuple[str, ...] = ()
@@ -80,7 +81,8 @@ def measure_links(launch: Launch, device: torch.device, seconds: float) -> LinkF
         ]
         for name, (ranks, group) in groups.items()
     }
-    return figures(size, nodes, timed)
+    # A CPU's cores exchange and compute by turns: nothing is hidden.
+    return replace(figures(size, nodes, timed), contention=1.0 if device.type == "cpu" else 0.0)
 
 
 def figures(size: int, nodes: int, timed: dict[str, list[Timed]]) -> LinkFigures:

@@ -1,6 +1,7 @@
 """`parallel = "auto"`: the planner chooses a run's layout. No torch here."""
 
 import logging
+from dataclasses import replace
 
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError
@@ -27,10 +28,10 @@ def take_best(
     # A run that starts by itself keeps away from the limit.
     careful = cluster.model_copy(update={"memory_gib": cluster.memory_gib * (1 - MEMORY_ERROR)})
     choice, plan = Search(config, careful, world).run(1).best[0]
-    chosen = choice.checked_in(config)
+    chosen, before = choice.checked_in(config), replace(choice_of(config), auto=False)
     logger.info(
         "parallel.auto chose %s: %.0f tokens/s a device predicted on %s",
-        " ".join(choice.overrides(choice_of(config), world)) or "the recipe's layout",
+        " ".join(choice.overrides(before, world)) or "the recipe's layout",
         plan.tokens_per_second,
         cluster.name,
     )

@@ -53,7 +53,7 @@ def cluster_of(config: Config, asked: str, device: str, devices_per_node: int, m
     names = [f"{name}x{devices_per_node}" for name in sheets_of(device, memory_gib)]
     if len(names) > 1 and not config.parallel.cluster:
         logger.info(
-            "%s: %r may be %s; taken for the slowest, %s; to plan for another, set parallel.cluster=%s",
+            "%s: %r may be %s; taken for one of full power, %s; if its power is limited, set parallel.cluster=%s",
             asked,
             device,
             " or ".join(names),
@@ -66,7 +66,7 @@ def cluster_of(config: Config, asked: str, device: str, devices_per_node: int, m
 def known_cluster(config: Config, device: str, devices_per_node: int, memory_gib: float = 0.0) -> Cluster | None:
     """Return what `parallel.cluster` names, else the known cluster of such devices; None where there is none.
 
-    device, memory_gib: as PyTorch sees it; of several that it may be, the slowest is taken.
+    device, memory_gib: as PyTorch sees it; of several that it may be, the one of most power is taken.
     """
     if config.parallel.cluster:
         return find_cluster(config.parallel.cluster)

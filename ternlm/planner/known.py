@@ -45,7 +45,7 @@ def sheets() -> dict[str, Sheet]:
 
 
 def sheets_of(device: str, memory_gib: float = 0.0) -> list[str]:
-    """Return the known devices that one may be by the name PyTorch gives it, the slowest first.
+    """Return the known devices that one may be by the name PyTorch gives it, the one of most power first.
 
     memory_gib: as PyTorch sees it, by which devices of one name are told apart; 0: not known.
     """
@@ -53,7 +53,8 @@ def sheets_of(device: str, memory_gib: float = 0.0) -> list[str]:
     if memory_gib:
         nearest = min((abs(sheet.memory_gib - memory_gib) for sheet in found.values()), default=0.0)
         found = {name: sheet for name, sheet in found.items() if abs(sheet.memory_gib - memory_gib) == nearest}
-    return sorted(found, key=lambda name: (found[name].power_watt, found[name].memory_gb_s, found[name].node_gb_s))
+    order = sorted(found, key=lambda name: (found[name].power_watt, found[name].memory_gb_s, found[name].node_gb_s))
+    return order[::-1]
 
 
 def find_cluster(name: str, attention: str = "flash2") -> Cluster:

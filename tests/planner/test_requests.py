@@ -218,14 +218,14 @@ def test_what_to_type_under_auto_is_the_same_in_figures_and_in_print(recipe, pla
     assert "parallel.auto=true" not in str(search_figures(Search(config, H100, 8).run(1), config, 1e9))
 
 
-def test_devices_of_one_name_are_told_apart_by_memory_else_the_slowest_is_taken(monkeypatch, caplog):
+def test_devices_of_one_name_are_told_apart_by_memory_else_full_power_is_taken(monkeypatch, caplog):
     caplog.set_level("INFO")
-    assert sheets_of("NVIDIA H100 96GB") == ["h100-96-500w", "h100-96"]
+    assert sheets_of("NVIDIA H100 96GB") == ["h100-96", "h100-96-500w"]
     assert sheets_of("cpu") == []
     auto = config_from_dict({**config_to_dict(internlm(8)), "parallel": "auto"})
     take_best(auto, 8, "NVIDIA H100 96GB", 8, 94.5)
-    assert "may be h100-96-500wx8 or h100-96x8; taken for the slowest, h100-96-500wx8" in caplog.text
-    assert "set parallel.cluster=h100-96x8" in caplog.text
+    assert "may be h100-96x8 or h100-96-500wx8; taken for one of full power, h100-96x8" in caplog.text
+    assert "set parallel.cluster=h100-96-500wx8" in caplog.text
     assert "parallel.auto chose sharding" in caplog.text
     caplog.clear()
     take_best(auto, 8, "NVIDIA H200", 8, 140.0)

@@ -226,7 +226,7 @@ def test_devices_of_one_name_are_told_apart_by_memory_else_full_power_is_taken(m
     take_best(auto, 8, "NVIDIA H100 96GB", 8, 94.5)
     assert "may be h100-96x8 or h100-96-500wx8; taken for one of full power, h100-96x8" in caplog.text
     assert "set parallel.cluster=h100-96-500wx8" in caplog.text
-    assert "parallel.auto chose sharding" in caplog.text
+    assert "tokens/s a device predicted on h100-96x8" in caplog.text
     caplog.clear()
     take_best(auto, 8, "NVIDIA H200", 8, 140.0)
     assert "may be" not in caplog.text

@@ -56,6 +56,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("step/profiled_s", "s", "a profiled step's duration on the slowest rank, its batch not waited for"),
     Metric("step/PART", "s", "of it, what went to a part: matmul, attention, all_gather_over_shard, waiting ..."),
     Metric("planned/step_s", "s", "what the planner predicts of such a step"),
+    Metric("planned/peak_gib", "GiB", "memory that the planner predicts of the rank that needs most, with its reserve"),
     Metric("planned/PART", "s", "of it, what goes to the part"),
     Metric("time/eta_s", "s", "time left at the pace of the last 50 steps, or until the time budget", True),
 )

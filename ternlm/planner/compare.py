@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ternlm.config.layout import Layout
+from ternlm.planner.memory import Memory
+from ternlm.planner.units import human_bytes
 
 KERNELS = ("matmul", "attention", "other", "optimizer", "idle")
 """Parts of one rank alone; in every other it exchanges something with others."""
@@ -99,6 +101,22 @@ class Comparison:
             return f"{said}; the cluster file underrates this machine: measure it with `tern calibrate`"
         links = "the links of that axis (`tern calibrate` measures them) and whether another job shares them"
         return f"{said}; look at {_LOOK_AT.get(part.name, links)}"
+
+
+def memory_alarm(measured: float, memory: Memory, bound: float) -> str | None:
+    """Return a sentence where tensors have taken more bytes than predicted, by more than `bound` of that; else None.
+
+    measured: the most that they have taken on a rank. What is held in reserve is left out of the prediction.
+    """
+    planned = memory.bytes - memory.parts.get("reserve", 0.0)
+    if measured <= planned * (1 + bound):
+        return None
+    kinds = sorted(memory.parts.items(), key=lambda item: -item[1])
+    most = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in kinds[:3] if kind != "reserve")
+    return (
+        f"tensors have taken up to {human_bytes(measured)}, {measured / planned - 1:.0%} more than the "
+        f"{human_bytes(planned)} predicted (most of it {most}); leave more free than the planner says"
+    )
 
 
 def comparable(parts: Mapping[str, float]) -> dict[str, float]:

@@ -21,6 +21,12 @@ from ternlm.train.run import Run
 logger = logging.getLogger(__name__)
 
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+_SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 'out of memory'",  # NCCL's
+)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -28,11 +34,18 @@ class OutOfMemory(UserError):
     """Memory ran out; the message says what held it, and what would fit."""
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error is of memory that ran out, on a device or in main memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error) and "CPUAllocator" in str(error)
+def find_shortage(error: BaseException | None) -> BaseException | None:
+    """Return the error of memory that ran out, on a device or in main memory, that this one is or comes from; or None.
+
+    A pipeline's schedule, for one, wraps what its stages raise.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return error
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS):
+            return error
+        error = error.__cause__
+    return None
 
 
 class ShortageGuard:
@@ -61,9 +74,10 @@ class ShortageGuard:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Report where memory ran out, while the error still holds what was held."""
-        if error is None or not is_shortage(error):
+        shortage = find_shortage(error)
+        if shortage is None:
             return
-        found = _ASKED.search(str(error))
+        found = _ASKED.search(str(shortage))
         asked = float(found[1]) * _UNITS[found[2]] if found else 0.0
         parts = _held(self.run, self._before) if self.run else {}
         held = Held(parts, asked, float(device_memory(self._device)), self._before)

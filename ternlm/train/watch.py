@@ -4,9 +4,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from ternlm.data.batch import Batch
+from ternlm.monitor.memory import peak_memory
 from ternlm.monitor.step_profile import StepProfile
 from ternlm.planner.cluster import Cluster
-from ternlm.planner.compare import Comparison, compare
+from ternlm.planner.compare import Comparison, compare, memory_alarm
 from ternlm.planner.flops import squared_lengths
 from ternlm.planner.plan import Plan, make_plan
 from ternlm.train.loop import Every
@@ -30,6 +31,7 @@ class PlanWatch:
         self._batches: Sequence[Batch] = ()
         self._first = run.progress.step + WARM_UP + 1
         plan = self._plan()
+        self._memory = plan.memory
         logger.info(
             "predicted on %s: a step of %.4g s, %.0f tokens/s a device, %.1f GiB at most; compared every %d steps",
             cluster.name,
@@ -57,11 +59,15 @@ class PlanWatch:
             return {}
         run = self._run
         found = self.compare(self._profile.stop())
+        alarms = found.alarms()
+        if run.device.type == "cuda":  # what a process on a CPU holds isn't tensors alone
+            (peak,) = run.mesh.agree([float(peak_memory(run.device))])
+            alarms += filter(None, [memory_alarm(peak, self._memory, run.config.monitor.plan_bound)])
         if run.mesh.is_first:
             logger.info("step %d, measured and predicted:\n%s", run.progress.step, found.table())
-            for alarm in found.alarms():
+            for alarm in alarms:
                 logger.warning("step %d isn't as predicted: %s", run.progress.step, alarm)
-        return found.metrics()
+        return {**found.metrics(), "planned/peak_gib": self._memory.bytes / 2**30}
 
     def compare(self, measured: dict[str, float]) -> Comparison:
         """Compare what this rank and the others measured of the newest step with its prediction. Collective."""

@@ -3,7 +3,8 @@
 import pytest
 
 from ternlm.config.layout import Layout
-from ternlm.planner.compare import comparable, compare
+from ternlm.planner.compare import comparable, compare, memory_alarm
+from ternlm.planner.memory import GIB, Memory
 
 PLANNED = {"matmul": 0.6, "attention": 0.2, "other": 0.1, "launch": 0.02, "overhead": 0.03, "optimizer": 0.05}
 
@@ -65,6 +66,16 @@ def test_only_ranks_of_the_stage_that_the_prediction_is_of_are_compared():
     other = {**PLANNED, "matmul": 9.0}
     found = compare(PLANNED, [other, other, PLANNED, PLANNED], layout, 1, bound=0.1)
     assert found.alarms() == []
+
+
+def test_memory_is_warned_of_beyond_the_bound_without_its_reserve():
+    memory = Memory({"weights": 2 * GIB, "activations": 6 * GIB, "reserve": 4 * GIB}, 0, 1.0, 1.0)
+    assert memory_alarm(8.7 * GIB, memory, 0.1) is None
+    alarm = memory_alarm(10 * GIB, memory, 0.1)
+    assert alarm is not None
+    assert alarm.startswith(
+        "tensors have taken up to 10 GiB, 25% more than the 8 GiB predicted (most of it activations 6"
+    )
 
 
 def test_the_table_has_every_part_and_the_step():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from started import write_data, write_recipe
 
-from ternlm.train.shortage import is_shortage
+from ternlm.train.shortage import find_shortage
 
 # `tern` under a limit of so many MiB beyond what its libraries take.
 LIMITED = """
@@ -59,10 +59,26 @@ def test_a_run_that_outgrows_memory_says_what_held_it_and_what_would_fit(recipe)
 
 
 def test_what_is_a_shortage_and_what_isnt():
-    assert is_shortage(MemoryError())
-    assert is_shortage(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
-    assert is_shortage(caught.value)
-    assert not is_shortage(RuntimeError("shapes don't match"))
-    assert not is_shortage(ValueError("DefaultCPUAllocator: can't allocate memory"))
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        caught.value,
+    ):
+        assert find_shortage(error) is error
+        with pytest.raises(RuntimeError) as wrapped:
+            _wrap(error)
+        assert find_shortage(wrapped.value) is error
+    assert find_shortage(RuntimeError("shapes don't match")) is None
+    assert find_shortage(ValueError("DefaultCPUAllocator: can't allocate memory")) is None
+    assert find_shortage(None) is None
+
+
+def _wrap(error):
+    """Raise it as PyTorch's pipeline does."""
+    try:
+        raise error
+    except Exception as cause:
+        raise RuntimeError("failed to run forward: args: (4, 32, 64)") from cause

@@ -60,7 +60,9 @@ def test_every_n_steps_a_steps_parts_stand_beside_their_predictions(make_config,
         assert {"step/matmul_s", "step/attention_s", "step/other_s", "step/optimizer_s", "step/idle_s"} <= parts
         assert sum(row[name] for name in parts) == pytest.approx(row["step/profiled_s"])
         assert 0 < row["step/profiled_s"] <= row["time/step_s"]
-        planned = sum(value for name, value in row.items() if name.startswith("planned/") and name != "planned/step_s")
+        assert 0 < row["planned/peak_gib"] < 1
+        others = ("planned/step_s", "planned/peak_gib")
+        planned = sum(value for name, value in row.items() if name.startswith("planned/") and name not in others)
         assert planned == pytest.approx(row["planned/step_s"])
     assert "a step of" in caplog.text
     assert "predicted on test" in caplog.text

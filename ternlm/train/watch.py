@@ -58,7 +58,9 @@ class PlanWatch:
         if not self._batches:
             return {}
         run = self._run
-        found = self.compare(self._profile.stop())
+        found = self.compare(self._read())
+        if found is None:
+            return {}
         alarms = found.alarms()
         if run.device.type == "cuda":  # what a process on a CPU holds isn't tensors alone
             (peak,) = run.mesh.agree([float(peak_memory(run.device))])
@@ -69,12 +71,25 @@ class PlanWatch:
                 logger.warning("step %d isn't as predicted: %s", run.progress.step, alarm)
         return {**found.metrics(), "planned/peak_gib": self._memory.bytes / 2**30}
 
-    def compare(self, measured: dict[str, float]) -> Comparison:
-        """Compare what this rank and the others measured of the newest step with its prediction. Collective."""
+    def _read(self) -> dict[str, float]:
+        """Return the step's seconds by part; nothing where they can't be read, which is no reason to end a run."""
+        try:
+            return self._profile.stop()
+        except (OSError, ValueError, LookupError) as trouble:  # a full disk, a trace that lacks what is looked for
+            logger.warning("step %d was profiled in vain: %s", self._run.progress.step, trouble)
+            return {}
+
+    def compare(self, measured: dict[str, float]) -> Comparison | None:
+        """Compare what this rank and the others measured of the newest step with its prediction. Collective.
+
+        None where a rank measured nothing.
+        """
         run = self._run
         tokens = sum(sum(map(sum, batch.lengths)) for batch in self._batches)
         squares = sum(squared_lengths(batch.lengths) for batch in self._batches)
         told = run.mesh.gather((measured, tokens, squares))
+        if not all(parts for parts, _, _ in told):
+            return None
         lengths = sum(squares for _, _, squares in told) / sum(tokens for _, tokens, _ in told)
         plan = self._plan(round(lengths))
         bound = run.config.monitor.plan_bound

@@ -100,6 +100,16 @@ def test_training_is_the_same_with_a_watch(make_config, cluster):
         assert torch.equal(one, other)
 
 
+def test_a_profile_that_cant_be_read_doesnt_end_the_run(make_config, cluster, caplog, monkeypatch):
+    def full(profile, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", full)
+    run = pretrain(watched(make_config, cluster, train={"steps": 5}))
+    assert run.progress.step == 5
+    assert "step 4 was profiled in vain: [Errno 28] No space left on device" in caplog.text
+
+
 def test_what_cant_be_predicted_is_refused_at_once(make_config, cluster, tmp_path):
     with pytest.raises(ConfigError, match=r"plan_every_steps doesn't know the device 'cpu'; set parallel.cluster"):
         pretrain(make_config(monitor={"plan_every_steps": 5}))

@@ -87,8 +87,10 @@ class ShortageGuard:
 
 def _held(run: Run, before: int) -> dict[str, float]:
     """Return this rank's bytes by kind."""
-    parameters = list(run.model.parameters())
-    gradients = [p.grad for p in (*parameters, *(piece.tensor for piece in run.pieces)) if p.grad is not None]
+    # Not the model's parameters: in the midst of a step those may be whole ones that FSDP has gathered.
+    weights = [piece.shard() for piece in run.pieces]
+    pairs = [p.grad for piece in run.pieces for p in (piece.parameter, piece.tensor)]
+    gradients = [gradient for gradient in pairs if gradient is not None]
     states = [
         value
         for optimizer in run.optimizers
@@ -96,7 +98,7 @@ def _held(run: Run, before: int) -> dict[str, float]:
         for value in state.values()
         if isinstance(value, Tensor)
     ]
-    parts = {name: _bytes(some) for name, some in zip(_OWN, (parameters, gradients, states), strict=True)}
+    parts = {name: _bytes(some) for name, some in zip(_OWN, (weights, gradients, states), strict=True)}
     parts["reserve"] = float(memory_of_others(run.device) if run.device.type == "cuda" else before)
     tensors = held_memory(run.device) - (0 if run.device.type == "cuda" else before)
     parts["activations"] = max(tensors - sum(parts[name] for name in _OWN), 0.0)

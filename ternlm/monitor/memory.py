@@ -27,16 +27,18 @@ def peak_memory(device: torch.device) -> int:
     return peak
 
 
-def device_memory(device: torch.device) -> int:
-    """Return the bytes of a CUDA device, else those of main memory that this process may take."""
+def device_memory(device: torch.device, sharers: int = 1) -> int:
+    """Return the bytes of a CUDA device, else those of main memory that this process may take.
+
+    sharers: processes that share main memory evenly.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    shared = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if _GROUP_LIMIT.is_file() and (text := _GROUP_LIMIT.read_text().strip()).isdecimal():
-        limits.append(int(text))
-    if (address_space := _address_space()) is not None:
-        limits.append(address_space)
-    return min(limits)
+        shared = min(shared, int(text))
+    address_space = _address_space()  # of each process
+    return shared // sharers if address_space is None else min(shared // sharers, address_space)
 
 
 def held_memory(device: torch.device) -> int:

@@ -53,7 +53,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("data/wait_share", "share", "part of the last 50 steps' time that rank 0 waited for batches"),
     Metric("time/step_s", "s", "duration of the last step, waiting included"),
     Metric("time/elapsed_s", "s", "time spent in steps since the run began, over all its restarts"),
-    Metric("step/profiled_s", "s", "a profiled step's duration on the slowest rank, its batch not waited for"),
+    Metric(
+        "step/profiled_s",
+        "s",
+        "a profiled step's duration on the slowest rank that is compared, its batch not waited for",
+    ),
     Metric("step/PART", "s", "of it, what went to a part: matmul, attention, all_gather_over_shard, waiting ..."),
     Metric("planned/step_s", "s", "what the planner predicts of such a step"),
     Metric("planned/peak_gib", "GiB", "memory that the planner predicts of the rank that needs most, with its reserve"),

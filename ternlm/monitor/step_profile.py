@@ -200,6 +200,19 @@ def _operation(name: str) -> str:
     return "send" if "send" in plain or "recv" in plain else "other"
 
 
+def _sent(kernel: Mapping[str, Any], launched: Mapping[int, str], axes: Mapping[str, str], mesh: Mesh) -> str:
+    """Return the part of a communication kernel. Messages that were sent in one call don't say their group."""
+    args = kernel.get("args", {})
+    operation = _operation(str(args.get("Collective name", kernel["name"])))
+    axis = axes.get(str(args.get("Process Group Name")))
+    within = launched.get(args.get("correlation", -1), "")
+    if axis is None and " over " in within:
+        return within
+    if axis is None and operation == "send" and mesh.pipeline is not None:
+        axis = "pipeline"
+    return f"{operation} over {axis or 'other'}"
+
+
 def _on_device(
     kernels: list[Mapping[str, Any]], launched: Mapping[int, str], step: Mapping[str, Any], mesh: Mesh
 ) -> Iterator[tuple[str, float]]:
@@ -210,8 +223,7 @@ def _on_device(
         args = kernel.get("args", {})
         sends = "nccl" in kernel["name"].lower()
         if sends:
-            axis = axes.get(str(args.get("Process Group Name")), "other")
-            part = f"{_operation(str(args.get('Collective name', kernel['name'])))} over {axis}"
+            part = _sent(kernel, launched, axes, mesh)
         else:
             part = launched.get(args.get("correlation", -1), "other")
             part = "other" if " over " in part or part in ("launch", "bubble") else part

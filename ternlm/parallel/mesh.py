@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,14 +70,6 @@ class Mesh:
         values: list[T | None] = [None] * self.layout.pipeline
         dist.all_gather_object(values, value, group=self.pipeline)
         return next(told for told in values if told is not None)
-
-    def gather(self, value: T) -> list[T]:
-        """Return every rank's value, in their order. Collective: every rank must call it."""
-        if self.layout.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(values, value, group=self.control)
-        return values
 
     def _reduce(self, values: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         if self.layout.world == 1:

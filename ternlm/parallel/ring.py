@@ -215,12 +215,13 @@ class _Ring:
             return lambda: tensor
         received = torch.empty_like(tensor)
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        works = dist.batch_isend_irecv(
-            [
-                P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=after),
-                P2POp(dist.irecv, received, group=self.group, tag=tag, group_peer=before),
-            ]
-        )
+        with exchange("send", "context"):
+            works = dist.batch_isend_irecv(
+                [
+                    P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=after),
+                    P2POp(dist.irecv, received, group=self.group, tag=tag, group_peer=before),
+                ]
+            )
 
         def wait() -> Tensor:
             with exchange("send", "context"):

@@ -31,15 +31,17 @@ def plan_or_advise(config: Config, cluster: Cluster, world: int, document_tokens
 def cheapest_changes(
     config: Config, cluster: Cluster, world: int, document_tokens: int | None = None, count: int = 3
 ) -> list[tuple[Choice, Plan]]:
-    """Return the fastest changes of one kind that make a legal run fit, the fastest first.
+    """Return the fastest changes of one kind that make a legal run fit in less memory, the fastest first.
 
     Kinds: recomputing whole blocks, or all but their products; cuts; the microbatch; each degree.
     """
     layout = resolve_layout(config, world)
     now = replace(choice_of(config), params=layout.params, grads=layout.grads, optimizer=layout.optimizer)
+    most = make_plan(config, cluster, world, document_tokens, layout).memory.bytes
     best: list[tuple[Choice, Plan]] = []
     for kind in _kinds(now, config, cluster, world):
-        fitting = (plan for plan in _plans(kind, config, cluster, world, document_tokens) if plan[1].fits)
+        plans = _plans(kind, config, cluster, world, document_tokens)
+        fitting = (one for one in plans if one[1].fits and one[1].memory.bytes < most)
         fastest = min(fitting, key=lambda one: one[1].time.seconds, default=None)
         if fastest:
             best.append(fastest)

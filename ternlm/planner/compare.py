@@ -22,7 +22,7 @@ _LOOK_AT = {
     "other": "compute.compile, and memory bandwidth that other processes take",
     "optimizer": "memory bandwidth that other processes take",
     "idle": "the host: compute.compile, a larger batch.microbatch_sequences, its other processes",
-    "pipeline": "whether the stages are equally long, and the links between them",
+    "pipeline": "whether the stages are equally long, their hosts, and the links between them",
     WAITING: "the rank that the others wait for: its clocks, its host, its links",
 }
 
@@ -34,8 +34,9 @@ class Part:
     name: str
     planned: float
     measured: float
-    rank: int
-    """Where it took longest; of `waiting`: the rank that waited least, hence the one that others wait for."""
+    rank: int | None
+    """Where it took longest; of `waiting`: the rank that waited least, hence the one that others wait for; of an
+    exchange: None."""
 
     @property
     def off(self) -> float:
@@ -50,7 +51,7 @@ class Comparison:
     parts: tuple[Part, ...]
     """The greatest first."""
     measured: float
-    """Seconds of the whole step, of the slowest rank."""
+    """Seconds of the whole step, of the slowest of the ranks that are compared."""
     bound: float
     """Share of the predicted step by which a part may be off."""
 
@@ -95,8 +96,9 @@ class Comparison:
         longer = "longer" if part.off > 0 else "shorter"
         said = (
             f"{part.name} took {part.measured * 1e3:.4g} ms, {share:.0%} of a step {longer} than the "
-            f"{part.planned * 1e3:.4g} ms predicted (rank {part.rank})"
+            f"{part.planned * 1e3:.4g} ms predicted"
         )
+        said += f" (rank {part.rank})" if part.rank is not None else ""
         if part.off < 0:
             return f"{said}; the cluster file underrates this machine: measure it with `tern calibrate`"
         links = "the links of that axis (`tern calibrate` measures them) and whether another job shares them"
@@ -119,11 +121,15 @@ def memory_alarm(measured: float, memory: Memory, bound: float) -> str | None:
     )
 
 
-def comparable(parts: Mapping[str, float]) -> dict[str, float]:
-    """Return seconds by the parts that a profile can tell apart, of predicted and of measured ones."""
+def comparable(parts: Mapping[str, float], pipeline: bool = False) -> dict[str, float]:
+    """Return seconds by the parts that a profile can tell apart, of predicted and of measured ones.
+
+    pipeline: whether there is one; then a rank without work may wait for a message or for its host, nobody knows.
+    """
     found: dict[str, float] = {}
     for name, seconds in parts.items():
         name = _JOINED.get(name, name)
+        name = "pipeline" if pipeline and name == "idle" else name
         found[name] = found.get(name, 0.0) + seconds
     return found
 
@@ -141,19 +147,20 @@ def compare(
     rank, in order. What a rank computes counts where it took longest. In an exchange a rank also waits for those that
     come late to it; the shortest time of it counts as the exchange's own, the rest as `waiting`, in the mean.
     """
-    own = {rank: comparable(profiles[rank]) for rank in _members(layout, pipeline_rank)}
-    expected = comparable(planned)
+    pipeline = layout.pipeline > 1
+    own = {rank: comparable(profiles[rank], pipeline) for rank in _members(layout, pipeline_rank)}
+    expected = comparable(planned, pipeline)
     names = set(expected).union(*own.values())
     parts, waited = [], dict.fromkeys(own, 0.0)
     for name in names:
         times = {rank: parts.get(name, 0.0) for rank, parts in own.items()}
         longest = max(times, key=lambda rank: times[rank])
-        seconds = times[longest]
-        if name not in KERNELS:
+        rank, seconds = longest if name in KERNELS else None, times[longest]
+        if rank is None:
             seconds = min(times.values())
-            for rank, time in times.items():
-                waited[rank] += time - seconds
-        parts.append(Part(name, expected.get(name, 0.0), seconds, longest))
+            for other, time in times.items():
+                waited[other] += time - seconds
+        parts.append(Part(name, expected.get(name, 0.0), seconds, rank))
     if any(waited.values()):
         least = min(waited, key=lambda rank: waited[rank])
         parts.append(Part(WAITING, 0.0, sum(waited.values()) / len(waited), least))

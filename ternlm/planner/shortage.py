@@ -32,6 +32,14 @@ _MEANING = {
 }
 
 
+_ELSEWHERE = {"activations": "all else: copies for a save, activations, buffers, libraries loaded since"}
+_SHORT = {"reserve": "what isn't tensors"}
+_GAPS = (
+    "other processes take it, or it lies between tensors (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves less "
+    "there)"
+)
+
+
 @dataclass(frozen=True)
 class Held:
     """What one rank held when it asked for more than there was, in bytes."""
@@ -46,39 +54,69 @@ class Held:
     """What wasn't free when the run began: its own libraries, the driver, other processes."""
 
 
-def report_shortage(config: Config, layout: Layout, held: Held, cluster: Cluster | None, rank: int) -> str:
-    """Return the report of memory that ran out. cluster: None where nothing is known of the device."""
+def report_shortage(config: Config, layout: Layout, held: Held, cluster: Cluster | None, where: str) -> str:
+    """Return the report of memory that ran out in a training step, or before the first.
+
+    where: rank and moment, in words. cluster: None where nothing is known of the device.
+    """
     memory = peak_memory(config, layout, cluster)
     planned = joined(memory)
-    beside = max(held.before - planned.get("reserve", 0.0), 0.0)
+    beside = _beside(held, memory)
     planned["reserve"] = planned.get("reserve", 0.0) + beside
-    lines = [f"memory ran out on rank {rank}, which has {human_bytes(held.there)}"]
-    if held.asked:
-        lines[0] += f" and asked for {human_bytes(held.asked)} more"
+    lines = [_headline(held, where)]
+    overrun = 0.0
     if held.parts:
         measured = dict(held.parts)
         measured["activations"] = measured.get("activations", 0.0) + held.asked
-        rows = [f"  {human_bytes(measured.get(kind, 0.0)):>9}  {human_bytes(planned.get(kind, 0.0)):>9}  {meaning}"
-                for kind, meaning in _MEANING.items()]  # fmt: skip
-        lines += [f"  {'held':>9}  {'predicted':>9}  (what it asked for is counted with the activations)", *rows]
+        lines.append(f"  {'held':>9}  {'predicted':>9}  (what it asked for is counted with the activations)")
+        lines += [
+            f"  {human_bytes(measured.get(kind, 0.0)):>9}  {human_bytes(planned.get(kind, 0.0)):>9}  {meaning}"
+            for kind, meaning in _MEANING.items()
+        ]
         lines.append(_verdict(measured, planned, held.there))
         overrun = max(sum(measured.values()) - sum(planned.values()), 0.0)
     else:
-        lines.append(f"the run wasn't set up yet; it was predicted to need {human_bytes(memory.bytes)} at most")
-        overrun = 0.0
-    lines += advise(config, layout, held.there - beside - overrun, cluster)
-    return "\n".join(lines)
+        lines.append(
+            f"it was predicted to need {human_bytes(memory.bytes)} at most; {human_bytes(held.before)} weren't free "
+            "when it began"
+        )
+    # What was predicted to fit and didn't must become smaller than it was predicted to be.
+    room = min(held.there - beside - overrun, memory.bytes * (1 - ERROR))
+    return "\n".join([*lines, *advise(config, layout, room, cluster)])
 
 
-def warn_of_shortage(config: Config, layout: Layout, there: float, cluster: Cluster | None) -> str | None:
-    """Return what to say before the first step of a run that is predicted to need more than there is; else None."""
+def report_elsewhere(held: Held, where: str) -> str:
+    """Return the report of memory that ran out outside a training step, of which there is no prediction."""
+    rows = [
+        f"  {human_bytes(held.parts.get(kind, 0.0)):>9}  {_ELSEWHERE.get(kind, said)}"
+        for kind, said in _MEANING.items()
+    ]
+    return "\n".join([_headline(held, where), f"  {'held':>9}", *rows, "the planner predicts training steps alone"])
+
+
+def warn_of_shortage(config: Config, layout: Layout, held: Held, cluster: Cluster | None) -> str | None:
+    """Return what to say before the first step of a run that is predicted to need more than there is; else None.
+
+    held: before anything of the run is there.
+    """
     memory = peak_memory(config, layout, cluster)
-    if memory.bytes <= there:
+    left = max(held.there - _beside(held, memory), 0.0)
+    if memory.bytes <= left:
         return None
     kinds = sorted(joined(memory).items(), key=lambda item: -item[1])
     most = ", ".join(f"{human_bytes(size)} {_MEANING[kind]}" for kind, size in kinds[:2])
-    said = f"this run is predicted to need {human_bytes(memory.bytes)} a rank, of {human_bytes(there)} that are left"
-    return "\n".join([f"{said}: most of it {most}", *advise(config, layout, there, cluster)])
+    said = f"this run is predicted to need {human_bytes(memory.bytes)} a rank, of {human_bytes(left)} that are left"
+    return "\n".join([f"{said}: most of it {most}", *advise(config, layout, left, cluster)])
+
+
+def _headline(held: Held, where: str) -> str:
+    asked = f" and asked for {human_bytes(held.asked)} more" if held.asked else ""
+    return f"memory ran out on {where}; it has {human_bytes(held.there)}{asked}"
+
+
+def _beside(held: Held, memory: Memory) -> float:
+    """Return the bytes that weren't free when the run began, beyond what the prediction holds in reserve."""
+    return max(held.before - memory.parts.get("reserve", 0.0), 0.0)
 
 
 def joined(memory: Memory) -> dict[str, float]:
@@ -124,8 +162,10 @@ def advise(config: Config, layout: Layout, room: float, cluster: Cluster | None)
 def _verdict(measured: Mapping[str, float], planned: Mapping[str, float], there: float) -> str:
     over = exceeding(measured, planned)
     if over:
-        return f"above their prediction: {', '.join(over)}" if len(over) > 1 else f"above its prediction: {over[0]}"
+        names = ", ".join(_SHORT.get(kind, kind) for kind in over)
+        said = f"above {'its' if len(over) == 1 else 'their'} prediction: {names}"
+        return f"{said}; {_GAPS}" if over == ["reserve"] else said
     whole = sum(planned.values())
     if whole > there:
         return f"no kind exceeded its prediction: the run needs {human_bytes(whole)}, more than there is"
-    return "no kind exceeded its prediction: the rest of the memory is taken by others, or lies between tensors"
+    return "no kind exceeded its prediction by much: there was no more room than that"

@@ -70,7 +70,8 @@ class Network:
         if not self.links.network_gb_s:
             raise ConfigError(
                 f"links.network_gb_s = 0 and axis {traffic.axis} lies on several nodes: nothing could be exchanged; "
-                "give what a node sends to others, in GB/s, or keep the run on one node"
+                f"give what a node sends to others, in GB/s, or keep the run on one node, which has {self.devices} "
+                "devices in this cluster; if it has more, set devices_per_node, or run `tern calibrate` under torchrun"
             )
         members, nodes = self.spans.get(traffic.axis, (self.devices, 2))
         if traffic.operation in ("send", "recv"):

@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,18 +16,16 @@ from ternlm.monitor.memory import device_memory, held_memory, memory_of_others
 from ternlm.parallel.launch import Launch
 from ternlm.parallel.pieces import local_tensor
 from ternlm.planner.cluster import Cluster
-from ternlm.planner.shortage import Held, report_shortage, warn_of_shortage
+from ternlm.planner.shortage import Held, report_elsewhere, report_shortage, warn_of_shortage
+from ternlm.train.loop import train_step
 from ternlm.train.run import Run
+from ternlm.train.validate import validate
 
 logger = logging.getLogger(__name__)
 
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
-_SIGNS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cuda failure 'out of memory'",  # NCCL's
-)
+# PyTorch's own, CUDA's, NCCL's and Triton's; cuBLAS's and cuDNN's; the C++ library's.
+_SIGNS = re.compile(r"can't allocate memory|out of memory|ALLOC(ATION)?_FAILED|std::bad_alloc", re.IGNORECASE)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -42,7 +41,7 @@ def find_shortage(error: BaseException | None) -> BaseException | None:
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return error
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS):
+        if isinstance(error, RuntimeError) and _SIGNS.search(str(error)):
             return error
         error = error.__cause__
     return None
@@ -61,10 +60,7 @@ class ShortageGuard:
 
     def warn(self) -> None:
         """Warn of a run that is predicted to need more memory than there is."""
-        # Ranks on a CPU share its memory. A known device's reserve is in the prediction.
-        sharers = 1 if self._device.type == "cuda" else self._launch.node_size
-        left = device_memory(self._device) / sharers - (0 if self._cluster else self._before)
-        said = warn_of_shortage(self._config, self._layout, left, self._cluster)
+        said = warn_of_shortage(self._config, self._layout, Held({}, 0.0, self._there, self._before), self._cluster)
         if said:
             logger.warning("%s", said)
 
@@ -72,17 +68,42 @@ class ShortageGuard:
         """Begin to guard."""
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Report where memory ran out, while the error still holds what was held."""
         shortage = find_shortage(error)
-        if shortage is None:
+        if error is None or shortage is None or isinstance(error, UserError):  # what explains itself stays as it is
             return
         found = _ASKED.search(str(shortage))
         asked = float(found[1]) * _UNITS[found[2]] if found else 0.0
         parts = _held(self.run, self._before) if self.run else {}
-        held = Held(parts, asked, float(device_memory(self._device)), self._before)
-        report = report_shortage(self._config, self._layout, held, self._cluster, self._launch.rank)
+        held = Held(parts, asked, self._there, self._before)
+        where = f"rank {self._launch.rank} {self._moment(error)}"
+        if _in(error, train_step) or not parts:
+            report = report_shortage(self._config, self._layout, held, self._cluster, where)
+        else:
+            report = report_elsewhere(held, where)
         raise OutOfMemory(report) from error
+
+    @property
+    def _there(self) -> float:
+        """Bytes that there are for this rank; ranks on a CPU share its memory."""
+        return float(device_memory(self._device, self._launch.node_size))
+
+    def _moment(self, error: BaseException) -> str:
+        step = self.run.progress.step if self.run else 0
+        if self.run is None:
+            return "while the run was set up"
+        if _in(error, train_step):
+            return f"in step {step}"
+        moments = {validate: "in validation", Run.save: "while a checkpoint was saved"}
+        return next((f"{said} after step {step}" for function, said in moments.items() if _in(error, function)),
+                    f"after step {step}, in none")  # fmt: skip
+
+
+def _in(error: BaseException, function: Callable[..., Any]) -> bool:
+    """Whether an error was raised within a function."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code is function.__code__ for frame, _ in frames)
 
 
 def _held(run: Run, before: int) -> dict[str, float]:

@@ -2,6 +2,10 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
 
 from ternlm.data.batch import Batch
 from ternlm.monitor.memory import peak_memory
@@ -15,6 +19,8 @@ from ternlm.train.run import Run
 
 logger = logging.getLogger(__name__)
 
+Told = tuple[dict[str, float], int, int]
+"""A rank's seconds by part, tokens and squared lengths of documents."""
 WARM_UP = 2
 """Steps of a process that compile and fill caches; they say nothing about the rest."""
 
@@ -28,10 +34,13 @@ class PlanWatch:
         compute = run.config.compute.model_copy(update={"dtype": str(run.dtype).removeprefix("torch.")})
         self._config = run.config.model_copy(update={"compute": compute})
         self._profile = StepProfile(run.mesh)
+        # Not the mesh's control group: a save may be using that, in a thread of its own.
+        timeout = timedelta(minutes=run.config.parallel.timeout_minutes)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if run.mesh.layout.world > 1 else None
         self._batches: Sequence[Batch] = ()
         self._first = run.progress.step + WARM_UP + 1
         plan = self._plan()
-        self._memory = plan.memory
+        self._memory, self._told_memory = plan.memory, False
         logger.info(
             "predicted on %s: a step of %.4g s, %.0f tokens/s a device, %.1f GiB at most; compared every %d steps",
             cluster.name,
@@ -51,8 +60,12 @@ class PlanWatch:
 
     def _begin(self, microbatches: list[Batch]) -> None:
         self._batches = microbatches
-        if microbatches:  # none: the step is passed over, on every rank
+        if not microbatches:  # the step is passed over, on every rank
+            return
+        try:
             self._profile.start()
+        except RuntimeError as trouble:  # another profiler is active, or the driver has none
+            logger.warning("step %d can't be profiled: %s", self._run.progress.step + 1, trouble)
 
     def _end(self) -> dict[str, float]:
         if not self._batches:
@@ -64,7 +77,10 @@ class PlanWatch:
         alarms = found.alarms()
         if run.device.type == "cuda":  # what a process on a CPU holds isn't tensors alone
             (peak,) = run.mesh.agree([float(peak_memory(run.device))])
-            alarms += filter(None, [memory_alarm(peak, self._memory, run.config.monitor.plan_bound)])
+            memory = memory_alarm(peak, self._memory, run.config.monitor.plan_bound)
+            if memory and not self._told_memory:  # the peak is of the whole run: once will do
+                alarms.append(memory)
+                self._told_memory = True
         if run.mesh.is_first:
             logger.info("step %d, measured and predicted:\n%s", run.progress.step, found.table())
             for alarm in alarms:
@@ -75,7 +91,7 @@ class PlanWatch:
         """Return the step's seconds by part; nothing where they can't be read, which is no reason to end a run."""
         try:
             return self._profile.stop()
-        except (OSError, ValueError, LookupError) as trouble:  # a full disk, a trace that lacks what is looked for
+        except (OSError, ValueError, LookupError, RuntimeError) as trouble:  # a full disk, a trace that is broken
             logger.warning("step %d was profiled in vain: %s", self._run.progress.step, trouble)
             return {}
 
@@ -87,13 +103,21 @@ class PlanWatch:
         run = self._run
         tokens = sum(sum(map(sum, batch.lengths)) for batch in self._batches)
         squares = sum(squared_lengths(batch.lengths) for batch in self._batches)
-        told = run.mesh.gather((measured, tokens, squares))
+        told = self._gather((measured, tokens, squares))
         if not all(parts for parts, _, _ in told):
             return None
         lengths = sum(squares for _, _, squares in told) / sum(tokens for _, tokens, _ in told)
         plan = self._plan(round(lengths))
         bound = run.config.monitor.plan_bound
         return compare(plan.time.parts, [parts for parts, _, _ in told], plan.layout, plan.time.rank, bound)
+
+    def _gather(self, own: Told) -> list[Told]:
+        """Return what every rank has to tell, in their order. Collective."""
+        if self._group is None:
+            return [own]
+        told: list[Any] = [None] * self._run.mesh.layout.world
+        dist.all_gather_object(told, own, group=self._group)
+        return told
 
     def _plan(self, document_tokens: int | None = None) -> Plan:
         """Predict a step; document_tokens: the mean length that attention goes over."""

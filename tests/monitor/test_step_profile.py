@@ -179,6 +179,20 @@ def test_kernels_that_overlap_or_leave_the_step_count_once_and_within_it(monkeyp
     assert found == {"other": 10 + 20, "launch": 10, "matmul": 60}
 
 
+def test_messages_that_were_sent_in_one_call_are_told_by_where_they_were_sent(monkeypatch):
+    monkeypatch.setattr(step_profile, "axis_names", lambda mesh: {})
+    ring = [
+        event("user_annotation", "ternlm step", 0, 100),
+        event("user_annotation", "send over context", 5, 10),
+        launch(8, 1),
+        kernel("ncclDevKernel_SendRecv", 0, 100, correlation=1),
+    ]
+    assert list(step_parts(ring, CUDA)) == ["send over context"]
+    piped = dataclasses.replace(CUDA, pipeline=SimpleNamespace(group_name="9"))
+    message = kernel("ncclDevKernel_SendRecv", 0, 100, correlation=1)
+    assert list(step_parts([ring[0], message], piped)) == ["send over pipeline"]
+
+
 @pytest.mark.parametrize(
     ("name", "said", "expected"),
     [

@@ -60,6 +60,23 @@ def test_a_slow_rank_is_named_and_its_wait_is_no_fault_of_the_links():
     assert [part.name for part in found.deviating] == ["matmul", "waiting"]
 
 
+def test_in_a_pipeline_a_rank_without_work_is_one_part_whatever_it_waits_for():
+    planned = {**PLANNED, "bubble": 0.2, "send over pipeline": 0.1}
+    measured = {"matmul": 0.6, "attention": 0.2, "other": 0.1, "optimizer": 0.05, "bubble": 0.35}
+    found = compare(planned, [measured, measured], Layout(2, pipeline=2), 0, bound=0.01)
+    assert found.alarms() == []
+    assert {part.name: part.planned for part in found.parts}["pipeline"] == pytest.approx(0.35)
+
+
+def test_an_exchange_names_no_rank():
+    """Where it takes long, a rank waits for others: it would be the wrong one."""
+    planned = {**PLANNED, "all_gather over shard": 0.1}
+    measured = {**PLANNED, "all_gather over shard": 0.5}
+    layout = Layout(2, params=2, grads=2, optimizer=2)
+    (alarm,) = compare(planned, [measured, measured], layout, 0, bound=0.1).alarms()
+    assert "rank" not in alarm
+
+
 def test_only_ranks_of_the_stage_that_the_prediction_is_of_are_compared():
     layout = Layout(4, pipeline=2)
     assert [layout.place(rank).pipeline for rank in range(4)] == [0, 0, 1, 1]

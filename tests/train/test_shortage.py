@@ -46,7 +46,7 @@ def test_a_run_that_outgrows_memory_says_what_held_it_and_what_would_fit(recipe)
     done = train(recipe, 1000)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    before, _, report = done.stderr.partition("error: memory ran out on rank 0")
+    before, _, report = done.stderr.partition("error: memory ran out on rank 0 in step 1; ")
     assert "is predicted to need" in before, done.stderr  # it was told before the first step, too
     assert "activations, logits, gathered weights and buffers" in report
     changes = report.partition("the cheapest changes that fit, the fastest first")[2].splitlines()[1:]
@@ -65,6 +65,9 @@ def test_what_is_a_shortage_and_what_isnt():
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("NCCL WARN Cuda failure 2 'out of memory'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
         caught.value,
     ):
         assert find_shortage(error) is error

@@ -146,6 +146,26 @@ def compared_ranks(config, cluster_path):
     return {part.name: (part.measured, part.planned, part.rank) for part in comparison.parts}
 
 
+def train_with_saves(config, cluster_path):
+    mesh = make_mesh(resolve_layout(config, 2), dist.get_rank(), torch.device("cpu"))
+    run_module.find_tokenizer = lambda data: None
+    run = set_up(config, mesh=mesh)
+    watch = PlanWatch(run, find_cluster(cluster_path))
+    train_loop(run, run.loader, Reporter(run, [], 0.1), [watch.every(lambda step: True)])
+    run.loader.close()
+    return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+
+
+def test_steps_are_compared_while_checkpoints_are_written(make_config, cluster, tmp_path):
+    """Saves exchange objects between ranks in a thread of their own; the two must not get each other's."""
+    (tmp_path / "cluster.toml").write_text("devices_per_node = 2\n" + CLUSTER + LINKS)
+    sharding = {"params": 2, "grads": 2, "optimizer": 2}
+    checkpoint = {"every_steps": 1, "keep_last": 100}
+    config = watched(make_config, cluster, train={"steps": 16}, sharding=sharding, checkpoint=checkpoint)
+    first, second = run_ranks(2, train_with_saves, config, cluster)
+    assert first == second == [f"step-{step:08d}" for step in range(1, 17)]
+
+
 def test_of_two_ranks_the_slow_one_is_named_and_both_find_the_same(make_config, cluster, tmp_path):
     (tmp_path / "cluster.toml").write_text("devices_per_node = 2\n" + CLUSTER + LINKS)
     sharding = {"params": 2, "grads": 2, "optimizer": 2}

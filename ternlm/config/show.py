@@ -20,9 +20,9 @@ def render(config: Section) -> str:
     return "\n".join(_table(config, "")).lstrip("\n") + "\n"
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema(root: type[Section] = Config) -> dict[str, Any]:
     """Return the JSON schema of a recipe, by which editors complete and check it."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | root.model_json_schema()
 
 
 def diff(a: Section, b: Section) -> list[str]:

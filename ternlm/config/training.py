@@ -193,6 +193,19 @@ class ValidationConfig(Section):
         ge=0,
     )
     max_sequences: int = setting(256, "sequences of each validation source; 0: all of them", unit="sequences", ge=0)
+    patience: int = setting(
+        0,
+        "stop once the loss over all held-out tokens hasn't fallen for so many validations, and keep the checkpoint of "
+        "the best one; 0: never",
+        unit="validations",
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ValidationConfig":
+        if not self.every_steps:
+            refuse_ignored(self, ("patience",), "every_steps = 0", "set every_steps above 0")
+        return self
 
 
 class SampleConfig(Section):

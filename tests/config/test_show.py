@@ -43,6 +43,8 @@ def test_every_setting_is_shown_with_its_meaning() -> None:
     full = config(
         batch={"global_sequences": 8, "rampup": {"start": 2, "increment": 2, "every": 3}},
         data=TABLE["data"] | {"validation": [{"name": "v", "path": "v"}]},
+        load={"from": "base"},
+        adapter={},
     )
     lines = [line for line in render(full).splitlines() if "#" in line and "=" in line]
     for name, meaning in all_fields(Config):

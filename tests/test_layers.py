@@ -19,7 +19,7 @@ ALLOWED = {
     "planner": "config",
     "data": "config",
     "agent": "config",
-    "convert": "config data model",
+    "convert": "config ops data model",
     "model": "config ops",
     "parallel": "config ops",
     "optim": "config parallel",

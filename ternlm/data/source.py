@@ -7,12 +7,13 @@ not) and which tokens make sequence number p; the order of drawing is `order`'s 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ternlm.config.data import DataConfig, SourceConfig
+from ternlm.data.best_fit import best_fit
 from ternlm.data.errors import DataError
 from ternlm.data.internlm import InternLMFiles, find_bins
 from ternlm.data.order import hash_words
@@ -70,32 +71,48 @@ class Source:
         store: TokenStore,
         *,
         seq_len: int,
-        one_document: bool = False,
+        whole_documents: Literal["pad", "best_fit"] | None = None,
+        too_long: Literal["cut", "drop"] = "cut",
         min_length: int = 0,
         validation_fraction: float = 0.0,
         validation: bool = False,
     ) -> None:
+        """Open a source; the arguments are the settings of the same names.
+
+        whole_documents: how documents that aren't cut into windows are put into sequences.
+        """
         self.name = name
         self.store = store
         self.seq_len = seq_len
-        self._one_document = one_document
         # A document of one token has nothing to predict: alone in its row it would be a row for nothing.
-        shortest = max(min_length, 2 if one_document else 1)
+        shortest = max(min_length, 2 if whole_documents else 1)
         self._kept = _KeptDocuments(store, shortest, _HeldOut(name, validation_fraction, validation))
         self.num_documents = self._kept.num_documents
         self.num_tokens = self._kept.num_tokens
+        self._whole: _WholeDocuments | None = None
+        if whole_documents:
+            self._whole = _WholeDocuments(store, self._kept.all(), seq_len, too_long, whole_documents)
+            self.num_documents, self.num_tokens = len(self._whole.lengths), int(self._whole.lengths.sum())
         whole, rest = divmod(self.num_tokens, seq_len)
         windows = whole + (1 if validation and rest else 0)
-        self.num_sequences = self.num_documents if one_document else windows
+        self.num_sequences = self._whole.num_sequences if self._whole else windows
+
+    @property
+    def num_cut(self) -> int:
+        """Documents whose end is lost, since they are longer than a sequence."""
+        return self._whole.num_cut if self._whole else 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Documents left out, since they are longer than a sequence or, in best fit, since the cut leaves no target."""
+        return self._whole.num_dropped if self._whole else 0
 
     def window(self, position: int) -> Window:
         """Read sequence `position` of range(num_sequences)."""
         if not 0 <= position < self.num_sequences:
             raise IndexError(f"source {self.name!r} has {self.num_sequences} sequences, not number {position}")
-        if self._one_document:
-            documents, starts, lengths = self._kept.document(position)
-            goes_on = int(lengths[-1]) > self.seq_len
-            lengths = np.minimum(lengths, self.seq_len)
+        if self._whole:
+            documents, starts, lengths, goes_on = self._whole.sequence(position)
         else:
             first = position * self.seq_len
             last = min(first + self.seq_len, self.num_tokens)
@@ -142,7 +159,8 @@ def open_source(config: SourceConfig, data: DataConfig, *, validation: bool, fra
         config.name,
         open_store(config.path),
         seq_len=data.seq_len,
-        one_document=data.packing == "pad",
+        whole_documents=data.packing if data.packing in ("pad", "best_fit") else None,
+        too_long=data.too_long,
         min_length=config.min_length,
         validation_fraction=fraction,
         validation=validation,
@@ -207,6 +225,46 @@ class _HeldOut:
         return ((word >> np.uint64(11)) < self._limit) == self._wanted
 
 
+class _WholeDocuments:
+    """Documents of which each lies in one sequence, alone or with others; all are listed in memory."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        kept: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+        seq_len: int,
+        too_long: Literal["cut", "drop"],
+        packing: Literal["pad", "best_fit"],
+    ) -> None:
+        indices, starts, lengths = kept
+        long = lengths > seq_len
+        usable = ~long
+        if too_long == "cut":
+            usable = np.ones(len(lengths), bool)
+        if too_long == "cut" and packing == "best_fit":
+            for place in np.flatnonzero(long).tolist():
+                # The target of the last token is the one after it.
+                _, trained = store.read(int(starts[place]), int(starts[place]) + seq_len + 1)
+                usable[place] = trained is None or bool(trained[1:].any())
+        self.num_dropped = int((~usable).sum())
+        self._indices, self._starts = indices[usable], starts[usable]
+        self._goes_on = long[usable]
+        self.num_cut = int(self._goes_on.sum())
+        self.lengths = np.minimum(lengths[usable], seq_len)
+        if packing == "best_fit":
+            self._order, self._firsts = best_fit(self.lengths, seq_len)
+        else:
+            self._order = np.arange(len(self.lengths))
+            self._firsts = np.arange(len(self.lengths) + 1)
+        self.num_sequences = len(self._firsts) - 1
+
+    def sequence(self, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], bool]:
+        """Find a sequence's documents; returns as `_KeptDocuments.fragments`."""
+        chosen = self._order[self._firsts[position] : self._firsts[position + 1]]
+        # One that goes on fills its sequence, so that it is the only one there.
+        return self._indices[chosen], self._starts[chosen], self.lengths[chosen].copy(), bool(self._goes_on[chosen[-1]])
+
+
 class _KeptDocuments:
     """The documents of a store that count, and where they lie, by an index of every 1024th document."""
 
@@ -229,12 +287,12 @@ class _KeptDocuments:
         self.num_documents = int(self._documents[-1])
         self.num_tokens = int(self._tokens[-1])
 
-    def document(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Find the kept document `number`: arrays of one entry, its index, start and length in the store."""
-        block = int(np.searchsorted(self._documents, number, side="right")) - 1
-        at = number - int(self._documents[block])
-        indices, starts, lengths = self._block(block)
-        return indices[at : at + 1], starts[at : at + 1], lengths[at : at + 1]
+    def all(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """List the kept documents: each one's index, start and length in the store."""
+        blocks = [self._block(block) for block in range(-(-self._store.num_documents // _BLOCK))]
+        nothing = np.empty(0, np.int64)
+        indices, starts, lengths = (np.concatenate([nothing, *(block[i] for block in blocks)]) for i in range(3))
+        return indices, starts, lengths
 
     def fragments(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], bool]:
         """Find tokens [start, stop) of the kept documents.

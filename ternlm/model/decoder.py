@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ternlm.config.model import ModelConfig
+from ternlm.model.linear import Linear
 from ternlm.model.rope import rope_tables, rotate
 from ternlm.ops.attention import Attend
 
@@ -41,10 +42,10 @@ class Attention(nn.Module):
         super().__init__()
         d, h, bias = config.hidden_size, config.head_size, config.attention_bias
         self.layer, self.head_size = layer, h
-        self.q_proj = nn.Linear(d, config.num_attention_heads * h, bias=bias)
-        self.k_proj = nn.Linear(d, config.kv_heads * h, bias=bias)
-        self.v_proj = nn.Linear(d, config.kv_heads * h, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * h, d, bias=bias)
+        self.q_proj = Linear(d, config.num_attention_heads * h, bias=bias)
+        self.k_proj = Linear(d, config.kv_heads * h, bias=bias)
+        self.v_proj = Linear(d, config.kv_heads * h, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * h, d, bias=bias)
         self.q_norm = RMSNorm(h, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(h, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -63,9 +64,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, m = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, m, bias=False)
-        self.up_proj = nn.Linear(d, m, bias=False)
-        self.down_proj = nn.Linear(m, d, bias=False)
+        self.gate_proj = Linear(d, m, bias=False)
+        self.up_proj = Linear(d, m, bias=False)
+        self.down_proj = Linear(m, d, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -105,7 +106,7 @@ class Head(nn.Linear):
 
     def forward(self, hidden_BTD: Tensor, consume: Callable[[Tensor, Tensor], R] | None = None) -> Tensor | R:
         if consume is None:
-            return F.linear(hidden_BTD, self.weight)
+            return F.linear(hidden_BTD, self.weight.to(hidden_BTD.dtype))
         return consume(hidden_BTD, self.weight)
 
 
@@ -139,8 +140,8 @@ class CausalLM(nn.Module):
         """Return the tokens' embeddings in the dtype in which the blocks compute, (B, T, D)."""
         x_BTD = self.model.embed_tokens(tokens_BT)
         if torch.is_autocast_enabled(x_BTD.device.type):
-            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
-        return x_BTD
+            return x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
+        return x_BTD.float()  # a frozen embedding may be kept in fewer bits than are computed with
 
     def rotations(
         self, positions_BT: Tensor, dtype: torch.dtype, rope_length: int | Tensor | None = None
@@ -158,10 +159,17 @@ def build_model(config: ModelConfig) -> CausalLM:
     return CausalLM(config)
 
 
-def build_empty_model(config: ModelConfig, device: torch.device) -> CausalLM:
-    """Build the model on `device` with memory that holds anything: its weights are to be initialised or loaded next."""
+def build_empty_model(
+    config: ModelConfig, device: torch.device, change: Callable[[CausalLM], None] | None = None
+) -> CausalLM:
+    """Build the model on `device` with memory that holds anything: its weights are to be initialised or loaded next.
+
+    change: what is done to it before it has memory.
+    """
     with torch.device("meta"):
         model = build_model(config)
+    if change is not None:
+        change(model)
     model.to_empty(device=device)
     if config.tie_word_embeddings:  # to_empty has made two tensors of the one
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -35,6 +35,9 @@ def fill_initial(
 
     The whole is drawn and cut, so that the values don't depend on how it is laid out; it exists for a moment.
     """
+    if name.endswith((".lora_B.weight", ".magnitude")):
+        part.zero_()  # at first an adapter changes nothing; lengths come from the weights
+        return
     std = parameter_std(name, config)
     if std is None:
         part.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -51,6 +54,8 @@ def parameter_std(name: str, config: ModelConfig) -> float | None:
     """Return the standard deviation that a parameter starts with; None for norms (1) and biases (0)."""
     if name.endswith("bias") or "norm" in name.split(".")[-2]:
         return None
+    if name.endswith(".lora_A.weight"):  # the deviation of the uniform start of linear maps, which PEFT gives them
+        return _inputs(name, config) ** -0.5 / math.sqrt(3)
     if config.init.kind == "plain":
         to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         return config.init.std / (math.sqrt(2 * config.num_hidden_layers) if to_residual else 1.0)
@@ -61,6 +66,13 @@ def parameter_std(name: str, config: ModelConfig) -> float | None:
     if name.endswith(("o_proj.weight", "up_proj.weight")):
         return 0.006 / math.sqrt(2 * (layer + 1))
     return 0.0015 if name.endswith("down_proj.weight") else 0.006
+
+
+def _inputs(name: str, config: ModelConfig) -> int:
+    """Return the columns of the matrix that an adapter is of."""
+    if "o_proj" in name:
+        return config.num_attention_heads * config.head_size
+    return config.intermediate_size if "down_proj" in name else config.hidden_size
 
 
 def _seed_of(seed: int, name: str) -> int:

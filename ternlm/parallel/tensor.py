@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary; t is the degree.
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +23,21 @@ from ternlm.parallel.spans import exchange
 
 PLAN: dict[str, int | None] = {
     "model.embed_tokens.weight": 0,
-    "model.layers.*.self_attn.[qkv]_proj.*": 0,
+    "model.layers.*.self_attn.[qkv]_proj.weight": 0,
+    "model.layers.*.self_attn.[qkv]_proj.bias": 0,
     "model.layers.*.self_attn.o_proj.weight": 1,
     "model.layers.*.self_attn.o_proj.bias": None,
     "model.layers.*.self_attn.[qk]_norm.weight": None,
     "model.layers.*.mlp.gate_proj.weight": 0,
     "model.layers.*.mlp.up_proj.weight": 0,
     "model.layers.*.mlp.down_proj.weight": 1,
+    # Adapters: of matrices cut by outputs B is cut and A whole, of those cut by inputs the other way round.
+    "model.layers.*.[qkvgu]*_proj.lora_A.weight": None,
+    "model.layers.*.[qkvgu]*_proj.lora_B.weight": 0,
+    "model.layers.*.[qkvgu]*_proj.magnitude": 0,
+    "model.layers.*.[od]*_proj.lora_A.weight": 1,
+    "model.layers.*.[od]*_proj.lora_B.weight": None,
+    "model.layers.*.[od]*_proj.magnitude": None,
     "model.layers.*.*_layernorm.weight": None,
     "model.norm.weight": None,
     "lm_head.weight": 0,
@@ -47,11 +56,12 @@ def cut_dimension(name: str) -> int | None:
 def has_partial_gradient(name: str, sequence: bool) -> bool:
     """Whether a whole parameter's gradient is to be summed over tensor ranks, since each saw a part of the data.
 
-    sequence: whether the residual stream is cut along the sequence. Norms of queries and keys see a part of the heads.
+    sequence: whether the residual stream is cut along the sequence. Norms of queries and keys see a part of the heads,
+    what is whole of an adapter a part of its matrix.
     """
     if cut_dimension(name) is not None:
         return False
-    return sequence or name.endswith(("q_norm.weight", "k_norm.weight"))
+    return sequence or name.endswith(("q_norm.weight", "k_norm.weight", "_proj.magnitude")) or ".lora_" in name
 
 
 def cut_tensors(model: Any, group: ProcessGroup, sequence: bool) -> None:
@@ -78,6 +88,7 @@ def cut_tensors(model: Any, group: ProcessGroup, sequence: bool) -> None:
         for part, last in ((block.self_attn, block.self_attn.o_proj), (block.mlp, block.mlp.down_proj)):
             part.forward = _entered(part.forward, group, enter)
             last.forward = _row_linear(last, group, leave)
+            last.sum_over_parts = partial(sum_over_ranks, group=group)  # of an adapter
     if embedding is not None:
         embedding.forward = _embedding(embedding, group, leave)
     if norm is not None:
@@ -105,9 +116,9 @@ def _left(forward: Callable[[Tensor], Tensor], group: ProcessGroup, enter: Any) 
     return left
 
 
-def _row_linear(linear: nn.Linear, group: ProcessGroup, leave: Any) -> Callable[[Tensor], Tensor]:
+def _row_linear(linear: Any, group: ProcessGroup, leave: Any) -> Callable[[Tensor], Tensor]:
     def row_linear(x_BTD: Tensor) -> Tensor:
-        out_BTD = leave(F.linear(x_BTD, linear.weight), group)
+        out_BTD = leave(linear.product(x_BTD), group)
         return out_BTD if linear.bias is None else out_BTD + linear.bias.to(out_BTD.dtype)  # once, not on each rank
 
     return row_linear

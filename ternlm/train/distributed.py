@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ternlm.config import Config
+from ternlm.config.adapter import AdapterConfig
 from ternlm.config.stages import own_stages
 from ternlm.data.batch import Batch
 from ternlm.model.decoder import CausalLM, build_empty_model, build_model
 from ternlm.model.init import fill_initial
+from ternlm.model.linear import adapt
 from ternlm.ops.attention import Attend, make_segment_attend
 from ternlm.parallel.apply import lay_out, prepare_blocks
 from ternlm.parallel.context import context_index, make_context_attend
@@ -100,16 +102,22 @@ def build_laid_out(config: Config, mesh: Mesh, dtype: torch.dtype, compile_block
 
     dtype: of the matrix products.
     """
+
+    def change(model: CausalLM) -> None:
+        if config.adapter:
+            adapt(model, config.adapter, frozen_dtype(config.adapter, dtype))
+
     if mesh.layout.world == 1:
-        model = build_empty_model(config.model, mesh.device)
+        model = build_empty_model(config.model, mesh.device, change)
         prepare_blocks(list(model.model.layers), config.compute, compile_blocks)
         return LaidOut(config, mesh, model)
     tied = config.model.tie_word_embeddings
     if tied:  # to_empty would make two tensors of the one
-        model = build_empty_model(config.model, mesh.device)
+        model = build_empty_model(config.model, mesh.device, change)
     else:
         with torch.device("meta"):
             model = build_model(config.model)
+        change(model)
     settings = (config.compute, config.parallel, config.sharding)
     stages = _cut_stages(model, config, mesh) if mesh.pipeline is not None else {}
     part: nn.Module = join_stages(stages.values()) if stages else model
@@ -132,6 +140,11 @@ def fill_pieces(pieces: Sequence[Piece], config: Config) -> None:
     """Give every parameter its initial values, the same whatever the layout."""
     for piece in pieces:
         fill_initial(piece.shard().detach(), piece.name, config.model, config.seed, piece.shape, piece.offset)
+
+
+def frozen_dtype(adapter: AdapterConfig, dtype: torch.dtype) -> torch.dtype:
+    """Return the format of frozen weights where the products are in `dtype`, those in 4 bits aside."""
+    return dtype if adapter.base in ("auto", "nf4") else getattr(torch, adapter.base)
 
 
 class OwnPart(NamedTuple):

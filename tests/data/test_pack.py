@@ -19,6 +19,8 @@ from ternlm.data.source import EMPTY_WINDOW, Source
 PACKINGS = ["documents", "across", "pad"]
 DOCUMENTS = st.lists(st.lists(st.integers(-50, 50).filter(bool), min_size=0, max_size=11), min_size=1, max_size=12)
 
+WHOLE = {"pad": "pad"}
+
 
 def reference_rows(documents, seq_len, packing, keep_last):
     """Per row: its (token, target, weight, position) per place, and its segments. Negative ids: no loss."""
@@ -93,7 +95,7 @@ def test_rows_from_shards_are_those_of_the_reference(packing, documents, seq_len
             "en",
             open_shards(folder, documents, shard_size),
             seq_len=seq_len,
-            one_document=packing == "pad",
+            whole_documents=WHOLE.get(packing),
             validation_fraction=1.0 if validation else 0.0,
             validation=validation,
         )
@@ -106,14 +108,14 @@ def test_rows_from_shards_are_those_of_the_reference(packing, documents, seq_len
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 9))
 def test_rows_from_internlm_bins_are_those_of_the_reference(packing, documents, seq_len):
     with tempfile.TemporaryDirectory() as folder:
-        source = Source("en", open_bins(folder, documents), seq_len=seq_len, one_document=packing == "pad")
+        source = Source("en", open_bins(folder, documents), seq_len=seq_len, whole_documents=WHOLE.get(packing))
         rows = packed_rows(pack_all(source, packing))
     assert rows == reference_rows(documents, seq_len, packing, False)
 
 
 def pack_documents(tmp_path, documents, seq_len, packing) -> Batch:
     store = open_shards(str(tmp_path), documents, 3)
-    source = Source("en", store, seq_len=seq_len, one_document=packing == "pad")
+    source = Source("en", store, seq_len=seq_len, whole_documents=WHOLE.get(packing))
     return pack_all(source, packing)
 
 

@@ -51,7 +51,7 @@ def kept_documents(name: str, count: int, fraction: float, validation: bool) -> 
         name,
         Listed([2] * count),
         seq_len=2,
-        one_document=True,
+        whole_documents="pad",
         validation_fraction=fraction,
         validation=validation,
     )
@@ -99,7 +99,7 @@ def test_windows_are_cuts_of_the_kept_documents_in_a_row(lengths, seq_len, min_l
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(0, 12), max_size=20), seq_len=st.integers(1, 9))
 def test_one_document_a_window_cuts_long_ones_and_leaves_out_those_without_a_target(lengths, seq_len):
-    source = Source("en", Listed(lengths), seq_len=seq_len, one_document=True)
+    source = Source("en", Listed(lengths), seq_len=seq_len, whole_documents="pad")
     windows = [source.window(position) for position in range(source.num_sequences)]
     assert [int(w.documents[0]) for w in windows] == [d for d, n in enumerate(lengths) if n >= 2]
     for window in windows:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import ternlm
+from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.checkpoint.load import check_model, check_same_model, read_model_config, read_state
 from ternlm.checkpoint.weights import CheckpointWeights, write_weights
@@ -19,28 +20,65 @@ from ternlm.config.section import ConfigError
 from ternlm.convert.detect import find_model, is_foreign, open_foreign
 from ternlm.convert.fill import fill_model
 from ternlm.convert.internlm import Norms
-from ternlm.convert.weights import OpenModel, Weights
+from ternlm.convert.peft import Adapter, is_adapter, read_adapter, with_adapter
+from ternlm.convert.weights import ConvertError, OpenModel, Weights
 from ternlm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from ternlm.model.decoder import CausalLM, build_empty_model
 from ternlm.parallel.pieces import Piece
+from ternlm.train.adapters import adapter_in, find_base, fingerprint_of
 from ternlm.train.precision import autocast, choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
 
 
-def open_model(model: str | Path) -> OpenModel:
+def open_model(model: str | Path, base: str | Path | None = None) -> OpenModel:
     """Open a run's newest checkpoint, a checkpoint, or a model of another format, as `find_model` finds it.
 
-    Raises CheckpointError or ConvertError, which say what to do.
+    Adapters are put into the model that they belong to: `base`, or the one that they name. Raises CheckpointError or
+    ConvertError, which say what to do.
     """
     path = find_model(model)
+    if is_adapter(path):
+        return _open_adapter(path, base)
     if is_foreign(path):
         return open_foreign(path)
     folder = find_checkpoint(path)
     state = read_state(folder)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
     facts = dict(state.get("facts", {})) | {"training": _training(state)}
-    return OpenModel(folder, read_model_config(folder), CheckpointWeights(folder), tokenizer, facts)
+    opened = OpenModel(folder, read_model_config(folder), CheckpointWeights(folder), tokenizer, facts)
+    adapter = adapter_in(opened, state)
+    return _on_its_base(opened, adapter, state["adapter"], base) if adapter else opened
+
+
+def _on_its_base(opened: OpenModel, adapter: Adapter, described: dict[str, Any], base: str | Path | None) -> OpenModel:
+    """Return the model that a checkpoint's adapter makes of the one that it belongs to."""
+    path = find_model(base) if base else find_base(opened.path, described)
+    theirs = open_model(path)
+    if fingerprint_of(theirs.weights) != described["fingerprint"]:
+        raise CheckpointError(
+            f"{opened.path}: its adapters belong to {described['base']} as it was, and {path} has other weights; "
+            "name the model that the run began with: --base MODEL"
+        )
+    merged = with_adapter(theirs, adapter, opened.path)
+    return replace(
+        merged, path=opened.path, tokenizer=opened.tokenizer or theirs.tokenizer, facts={**theirs.facts, **opened.facts}
+    )
+
+
+def _open_adapter(path: Path, base: str | Path | None) -> OpenModel:
+    """Open an adapter in PEFT's format as the model that it makes."""
+    adapter = read_adapter(path)
+    named = base or adapter.base
+    if not named:
+        raise ConvertError(f"{path}: doesn't name the model that it belongs to; name it: --base MODEL")
+    try:
+        model = open_model(named)
+    except ConvertError as trouble:
+        if base:
+            raise
+        raise ConvertError(f"{path}: names {named} as its model: {trouble}; or name it: --base MODEL") from trouble
+    return replace(with_adapter(model, adapter, path), path=path)
 
 
 @contextmanager

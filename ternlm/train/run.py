@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import platform
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ import torch
 from torch.optim import Optimizer
 
 import ternlm
-from ternlm.checkpoint.errors import CheckpointError
-from ternlm.checkpoint.folders import complete_steps, find_checkpoint
-from ternlm.checkpoint.load import check_same_model, load_everything, load_weights, read_state
+from ternlm.checkpoint.load import load_everything, load_weights, read_state
 from ternlm.checkpoint.save import Saver
 from ternlm.checkpoint.tensors import model_tensors, optimizer_tensors
-from ternlm.config import Config, DataConfig, diff, load_config, render
+from ternlm.config import Config, DataConfig, diff, render
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
 from ternlm.convert.detect import find_model
@@ -33,10 +32,15 @@ from ternlm.optim.scaler import LossScaler
 from ternlm.parallel.apply import wants_compile
 from ternlm.parallel.mesh import Mesh, one_rank
 from ternlm.parallel.pieces import Piece, make_pieces
+from ternlm.train.adapters import (
+    fill_frozen,
+    start_adapters,
+)
 from ternlm.train.distributed import LaidOut, build_laid_out, fill_pieces
-from ternlm.train.models import fill_pieces_from, open_start
+from ternlm.train.models import fill_pieces_from
 from ternlm.train.objective import LossFn, next_token_loss
 from ternlm.train.precision import autocast, choose_device, choose_dtype, warn_of_slow_attention
+from ternlm.train.start import check_all_see, checkpoint_to_resume, open_starts, saved_config
 from ternlm.train.state import Progress
 
 logger = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ class Run:
     dtype: torch.dtype
     laid_out: LaidOut
     pieces: list[Piece]
-    """What this rank updates of each parameter."""
+    """What this rank updates of each trained parameter."""
     optimizers: list[Optimizer]
     loss_fn: LossFn
     loader: Loader
@@ -62,6 +66,8 @@ class Run:
     progress: Progress
     scaler: LossScaler | None
     spikes: SpikeRule
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a checkpoint also tells of the model: its chat template and end tokens, and what it was adapted from."""
     stopped: str | None = None
     """Why training ended; None before and while it goes on."""
 
@@ -99,6 +105,7 @@ class Run:
             "sources": _describe_sources(self.loader),
             "model": self.config.model.model_dump(mode="json", exclude_none=True),
             "tokenizer": {"fingerprint": self.tokenizer.fingerprint if self.tokenizer else None},
+            **self.facts,
             "versions": {
                 "ternlm": ternlm.__version__,
                 "torch": torch.__version__,
@@ -107,21 +114,28 @@ class Run:
         }
 
 
-def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, restarted: bool = False) -> Run:
+def set_up(
+    config: Config,
+    resume: str = "auto",
+    mesh: Mesh | None = None,
+    restarted: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> Run:
     """Build a run and load what it starts from. Collective: every rank of the mesh must call it.
 
-    mesh: this rank's place; one rank on `compute.device` if not given.
-    resume: "auto" goes on from the newest complete checkpoint in `config.out` if there is one; "never" starts anew and
-    refuses a folder that holds checkpoints; anything else is the run's or checkpoint's folder to go on from.
+    mesh: this rank's place; one rank on `compute.device` if not given. resume: as `checkpoint_to_resume`.
     restarted: the same command was started before, so that what it has saved since comes first, whatever `resume` is.
+    facts: of the model, to be saved with it, such as `chat_template` and `generation`.
     Raises ConfigError, DataError, ConvertError or CheckpointError before the first step.
     """
-    checkpoint = _checkpoint_to_resume(Path(config.out), resume, restarted)
-    source = find_model(config.load.checkpoint) if config.load.checkpoint and not checkpoint else None
+    checkpoint = checkpoint_to_resume(Path(config.out), resume, restarted)
+    source = None
+    if config.load.checkpoint and (config.adapter or not checkpoint):
+        source = find_model(config.load.checkpoint)
     if mesh is None:
         resolve_layout(config, 1)
         mesh = one_rank(choose_device(config.compute.device))
-    _check_all_see(checkpoint, mesh)
+    check_all_see(checkpoint, mesh)
     device = mesh.device
     if config.compute.threads:
         torch.set_num_threads(config.compute.threads)
@@ -131,26 +145,21 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
     loader, held_out = _open_data(config, tokenizer, mesh)
     check_alike("data", json.dumps(_describe_sources(loader), sort_keys=True), mesh)
     _check_tokenizer_fits(tokenizer, config)
-    fingerprint = tokenizer.fingerprint if tokenizer else None
-    start = None
-    if checkpoint:
-        _check_is_run(checkpoint)
-        check_same_model(checkpoint, config.model, fingerprint)
-        _check_same_optimizer(checkpoint, config)
-    elif source:
-        start = open_start(source, config.model, fingerprint)
+    told = {"facts": dict(facts)} if facts else {}
+    start, adapters = open_starts(config, tokenizer, checkpoint, source)
     dtype = choose_dtype(config.compute, device)
     warn_of_slow_attention(device, dtype)
     laid_out = build_laid_out(config, mesh, dtype, compile_blocks)
     pieces = make_pieces(laid_out.model, mesh, config.parallel.sequence)
-    fill_pieces(pieces, config)
+    trained = [piece for piece in pieces if piece.parameter.requires_grad]
+    fill_pieces(trained, config)
     run = Run(
         config=config,
         mesh=mesh,
         dtype=dtype,
         laid_out=laid_out,
-        pieces=pieces,
-        optimizers=build_optimizers(pieces, config.optimizer, mesh),
+        pieces=trained,
+        optimizers=build_optimizers(trained, config.optimizer, mesh),
         loss_fn=next_token_loss(config.loss, _byte_table(tokenizer, config, device)),
         loader=loader,
         held_out=held_out,
@@ -159,18 +168,26 @@ def set_up(config: Config, resume: str = "auto", mesh: Mesh | None = None, resta
         progress=Progress(),
         scaler=LossScaler() if dtype == torch.float16 else None,
         spikes=SpikeRule(config.train),
+        facts=told | ({"adapter": adapters} if adapters else {}),
     )
+    _fill(run, pieces, start, source, resumed=bool(checkpoint))
     if checkpoint:
         _resume(run, checkpoint)
-    elif source:
-        _start_from(source, start, pieces, mesh)
     return run
 
 
-def _start_from(source: Path, start: OpenModel | None, pieces: list[Piece], mesh: Mesh) -> None:
-    """Fill the parameters from a checkpoint of ours, or from a model of another format that is open."""
+def _fill(run: Run, pieces: list[Piece], start: OpenModel | None, source: Path | None, resumed: bool) -> None:
+    """Fill what a run doesn't read from a checkpoint of its own."""
+    if source is None:
+        return
+    if run.config.adapter and start:
+        fill_frozen(run.laid_out.model, pieces, start.weights)
+        logger.info("frozen weights from %s", source)
+        if not resumed:
+            start_adapters(run.pieces, start.weights, run.config)
+        return
     if start is None:
-        load_weights(pieces, source, mesh)
+        load_weights(pieces, source, run.mesh)  # of ours, whatever layout saved them
     else:
         fill_pieces_from(pieces, start.weights)
     logger.info("weights from %s", source)
@@ -211,35 +228,6 @@ def _open_data(config: Config, tokenizer: Tokenizer | None, mesh: Mesh) -> tuple
     return loader, held_out
 
 
-def _checkpoint_to_resume(out: Path, resume: str, restarted: bool) -> Path | None:
-    newest = find_checkpoint(out) if complete_steps(out) else None
-    if resume == "auto" or (restarted and newest):
-        return newest
-    if resume == "never":
-        if newest:
-            raise ConfigError(
-                f"out = {str(out)!r} already holds checkpoints (newest: {newest.name}) and --resume is never; "
-                "choose another out, or resume with --resume auto"
-            )
-        return None
-    chosen = find_checkpoint(Path(resume))
-    if newest and newest.resolve() != chosen.resolve():
-        raise ConfigError(
-            f"--resume {resume} means {chosen}, but out = {str(out)!r} already holds {newest.name}, which would be "
-            "lost; choose another out, or go on from the newest with --resume auto"
-        )
-    return chosen
-
-
-def _check_all_see(checkpoint: Path | None, mesh: Mesh) -> None:
-    """Refuse to start where nodes look at different folders, or at an old state of one. Collective."""
-    if not mesh.all_same(checkpoint.name if checkpoint else ""):
-        raise CheckpointError(
-            f"the ranks would go on from different checkpoints (rank {mesh.place.rank}: {checkpoint}); out must be on "
-            "a file system that all nodes share: see whether it is, and start again"
-        )
-
-
 def check_alike(what: str, text: str, mesh: Mesh) -> None:
     """Refuse to start where ranks would train with different settings or data. Collective.
 
@@ -258,6 +246,8 @@ def _check_memory(config: Config, mesh: Mesh) -> None:
     own = config.model.num_params / (layout.tensor * layout.pipeline)
     # float32: weights, gradients, two moments; each as finely as it is cut between steps.
     needed = own * (4 / layout.shard + 4 / layout.grads + 8 / layout.optimizer)
+    if config.adapter:
+        needed = own * (0.5 if config.adapter.base == "nf4" else 2) / layout.shard
     if needed > there:
         raise ConfigError(
             f"model: {config.model.num_params:,} parameters need {needed / 2**30:,.1f} GiB for weights, gradients and "
@@ -271,23 +261,6 @@ def _check_tokenizer_fits(tokenizer: Tokenizer | None, config: Config) -> None:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size} must be at least the tokenizer's {tokenizer.vocab_size}; "
             f"set model.vocab_size={tokenizer.vocab_size} or more"
-        )
-
-
-def _check_is_run(checkpoint: Path) -> None:
-    if "progress" not in read_state(checkpoint):
-        raise CheckpointError(
-            f"{checkpoint}: holds an imported model's weights alone, no run to go on with; start a new one from them: "
-            f"load.from={checkpoint}"
-        )
-
-
-def _check_same_optimizer(checkpoint: Path, config: Config) -> None:
-    kind = _saved_config(checkpoint).optimizer.kind
-    if kind != config.optimizer.kind:
-        raise CheckpointError(
-            f"{checkpoint} was trained with optimizer.kind = {kind}, whose state {config.optimizer.kind} can't use; "
-            f"set optimizer.kind={kind}, or start a new run from its weights: load.from={checkpoint} and another out"
         )
 
 
@@ -309,7 +282,7 @@ def _hash_of(path: Path) -> str | None:
 
 def _resume(run: Run, checkpoint: Path) -> None:
     state = read_state(checkpoint)
-    for line in diff(_saved_config(checkpoint), run.config):
+    for line in diff(saved_config(checkpoint), run.config):
         logger.warning("changed since the checkpoint: %s", line)
     for name, source in _describe_sources(run.loader).items():
         if state["sources"].get(name, source) != source:
@@ -321,16 +294,6 @@ def _resume(run: Run, checkpoint: Path) -> None:
     if run.scaler and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     logger.info("resumed from %s", checkpoint)
-
-
-def _saved_config(checkpoint: Path) -> Config:
-    path = checkpoint / "config.toml"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; take another checkpoint")
-    try:
-        return load_config(path)
-    except (ConfigError, OSError) as reason:
-        raise CheckpointError(f"{path}: can't be read ({reason}); take another checkpoint") from reason
 
 
 def _byte_table(tokenizer: Tokenizer | None, config: Config, device: torch.device) -> torch.Tensor | None:

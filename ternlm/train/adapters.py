@@ -1,0 +1,148 @@
+"""A run that trains adapters: its frozen base, how adapters start, and what its checkpoints are as models.
+
+A checkpoint holds the adapters alone and says which model they belong to; that model is read anew at each start.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ternlm.checkpoint.errors import CheckpointError
+from ternlm.checkpoint.folders import find_checkpoint
+from ternlm.config import AdapterConfig, Config
+from ternlm.convert.detect import is_foreign
+from ternlm.convert.peft import Adapter, check_adapter, read_adapter
+from ternlm.convert.weights import OpenModel, Weights, cut
+from ternlm.model.linear import adapted
+from ternlm.ops.nf4 import NF4
+from ternlm.parallel.pieces import Piece
+
+logger = logging.getLogger(__name__)
+
+_SIGNS = (
+    "model.norm.weight",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.post_attention_layernorm.weight",
+)
+
+
+def pinned(path: Path) -> Path:
+    """Return a model's own place: of a run the checkpoint that is its newest now."""
+    return path if is_foreign(path) else find_checkpoint(path)
+
+
+def fingerprint_of(weights: Weights) -> str:
+    """Hash a model's norms, which any training changes."""
+    digest = hashlib.sha256()
+    for name in _SIGNS:
+        digest.update(weights.read(f"model.{name}").float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_base(path: Path, weights: Weights, adapter: AdapterConfig) -> dict[str, Any]:
+    """Return what a checkpoint says of its adapters and of the model that they belong to."""
+    settings = adapter.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return {"settings": settings, "base": str(path.resolve()), "fingerprint": fingerprint_of(weights)}
+
+
+def check_same_base(checkpoint: Path, saved: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """Refuse to go on from a checkpoint with adapters of another kind, or of another model, or with or without any."""
+    if (saved is None) != (now is None):
+        had, has = ("no adapters", "some") if saved is None else ("adapters", "none")
+        raise CheckpointError(
+            f"{checkpoint}: its run trains {had}, and this one {has}; start a new run from its weights: "
+            f"load.from={checkpoint} and another out"
+        )
+    if saved is None or now is None:
+        return
+    for name in ("kind", "rank", "targets"):
+        before, after = saved["settings"].get(name), now["settings"].get(name)
+        if before != after:
+            raise CheckpointError(
+                f"{checkpoint}: adapter.{name} was {before} and is {after}; set it as it was, or choose another out"
+            )
+    if saved["fingerprint"] != now["fingerprint"]:
+        raise CheckpointError(
+            f"{checkpoint}: its adapters belong to {saved['base']}, whose weights aren't those of {now['base']}; set "
+            "load.from to the model that the run began with"
+        )
+
+
+@torch.no_grad()
+def fill_frozen(model: Any, pieces: Sequence[Piece], weights: Weights) -> None:
+    """Fill what isn't trained of a model with adapters, in place."""
+    for piece in pieces:
+        shard = piece.shard().detach()
+        if not piece.parameter.requires_grad and shard.numel():
+            shard.copy_(weights.read(piece.name, tuple(piece.offset), tuple(shard.shape)))
+    for name, linear in adapted(model).items():
+        if linear.packed is not None:
+            linear.packed.fill(weights.read(f"{name}.weight").to(linear.packed.codes.device))
+
+
+@torch.no_grad()
+def start_adapters(trained: Sequence[Piece], weights: Weights, config: Config) -> None:
+    """Give adapters the values of the one that they go on from, if any, and DoRA its lengths; in place."""
+    adapter = config.adapter
+    assert adapter is not None
+    given = read_start(config)
+    for piece in trained:
+        shard = piece.shard().detach()
+        if not shard.numel():
+            continue
+        if given:
+            shard.copy_(cut(given.tensors[piece.name], tuple(piece.offset), tuple(shard.shape)))
+        elif piece.name.endswith(".magnitude"):
+            lengths = _lengths(weights.read(piece.name.removesuffix("magnitude") + "weight"), adapter)
+            shard.copy_(cut(lengths, tuple(piece.offset), tuple(shard.shape)))
+
+
+def read_start(config: Config) -> Adapter | None:
+    """Read the adapter that a run goes on from, if any; raises ConvertError where it isn't of these settings."""
+    adapter = config.adapter
+    if adapter is None or adapter.start is None:
+        return None
+    path = Path(adapter.start)
+    given = read_adapter(path)
+    for name in ("kind", "rank", "alpha", "rank_stabilized"):
+        theirs, ours = getattr(given.config, name), getattr(adapter, name)
+        if theirs != ours:
+            raise CheckpointError(f"{path}: its {name} is {theirs}, and adapter.{name} is {ours}; set it to {theirs}")
+    if set(given.config.targets) != set(adapter.targets):
+        raise CheckpointError(
+            f"{path}: is of {', '.join(given.config.targets)}, and adapter.targets has {', '.join(adapter.targets)}; "
+            f"set adapter.targets={list(given.config.targets)}"
+        )
+    check_adapter(path, given, config.model)
+    return given
+
+
+def adapter_in(opened: OpenModel, state: dict[str, Any]) -> Adapter | None:
+    """Return the adapter that a checkpoint holds, None where it holds a whole model."""
+    described = state.get("adapter")
+    if not described:
+        return None
+    settings = AdapterConfig.model_validate(described["settings"], strict=False)
+    tensors = {name: opened.weights.read(name) for name in opened.weights.names()}
+    return Adapter(settings, tensors, described["base"])
+
+
+def find_base(checkpoint: Path, described: dict[str, Any]) -> Path:
+    """Return where the model is that a checkpoint's adapters belong to; raises CheckpointError where it's gone."""
+    path = Path(described["base"])
+    if not path.exists():
+        raise CheckpointError(
+            f"{checkpoint}: holds adapters of {path}, which isn't there any more; put it back, or name it: --base MODEL"
+        )
+    return path
+
+
+def _lengths(weight: Tensor, adapter: AdapterConfig) -> Tensor:
+    if adapter.base == "nf4":
+        weight = NF4.quantize(weight, adapter.block_size).dequantize()
+    return torch.linalg.vector_norm(weight.float(), dim=1)

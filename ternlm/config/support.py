@@ -54,7 +54,8 @@ class Case:
     @property
     def features(self) -> frozenset[str]:
         """What the run combines."""
-        return self.flags | set(self.degrees) | _sharding(*self.sharding, self.data_ranks, self.data > 1)
+        flags = {"adapter" if flag in ("lora", "dora") else flag for flag in self.flags}
+        return flags | set(self.degrees) | _sharding(*self.sharding, self.data_ranks, self.data > 1)
 
 
 @functools.cache
@@ -82,7 +83,8 @@ def features_of(config: Config, layout: "Layout") -> frozenset[str]:
         f"pipeline-{schedule}": layout.pipeline > 1,
         "several-rows": config.batch.microbatch_sequences > 1,
         "rampup": config.batch.rampup is not None,
-        f"packing-{packing}": packing != "documents",
+        f"packing-{packing}": packing in ("across", "pad"),
+        "packing-pad": packing in ("pad", "best_fit"),  # apart, with padding: the same to a layout
         "recompute": compute.recompute > 0 and compute.recompute_keep == "nothing",
         "recompute-matmuls": compute.recompute > 0 and compute.recompute_keep == "matmuls",
         "compile": compute.compile != "off",
@@ -93,6 +95,7 @@ def features_of(config: Config, layout: "Layout") -> frozenset[str]:
         "z-loss": config.loss.z_loss > 0,
         "muon": config.optimizer.kind == "muon",
         "spike": config.train.spike != "off",
+        "adapter": config.adapter is not None,
     }
     sharding = _sharding(layout.params, layout.grads, layout.optimizer, layout.data_ranks, layout.data > 1)
     return frozenset(name for name, there in flags.items() if there) | sharding
@@ -266,4 +269,16 @@ TESTED: tuple[str, ...] = (
     "8: context-ring=2 pipeline-interleaved=2 sharding=2/2/4 packing-across recompute-matmuls",
     "8: pipeline-zero_bubble=2 sharding=1/1/2 rampup packing-pad rope-dynamic smoothing spike",
     "8: context-ring=2 pipeline-interleaved=2 sharding=1/1/2 packing-pad recompute rope-dynamic muon spike",
+    "2: pipeline-interleaved=2 lora",
+    (
+        "4: context-all_to_all=2 sharding=1/2/4 several-rows rampup recompute-matmuls tied qk-norm rope-dynamic "
+        "smoothing z-loss spike dora"
+    ),
+    "4: tensor=2 sharding=2/2/2 compile packing-pad recompute tied smoothing z-loss spike lora",
+    "4: context-all_to_all=2 pipeline-1f1b=2 sharding=1/1/1 rampup packing-across recompute z-loss spike lora",
+    (
+        "8: tensor-sequence=2 context-ring=2 pipeline-zero_bubble_v=2 sharding=1/1/2 several-rows packing-pad "
+        "qk-norm rope-dynamic smoothing z-loss spike dora"
+    ),
+    "8: pipeline-zero_bubble=2 sharding=1/1/2 rampup packing-pad rope-dynamic smoothing spike dora",
 )

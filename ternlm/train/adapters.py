@@ -40,7 +40,7 @@ def fingerprint_of(weights: Weights) -> str:
     """Hash a model's norms, which any training changes."""
     digest = hashlib.sha256()
     for name in _SIGNS:
-        digest.update(weights.read(f"model.{name}").float().numpy().tobytes())
+        digest.update(weights.read(name).float().numpy().tobytes())
     return digest.hexdigest()
 
 

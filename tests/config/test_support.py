@@ -76,6 +76,7 @@ def test_every_pair_of_features_that_can_meet_is_tested() -> None:
             for pipeline in ("pipeline-zero_bubble", "pipeline-zero_bubble_v")
             for other in ("compile", "recompute", "recompute-matmuls", "sharding-1/k", "sharding-k/k", "wider-states")
         ),
+        ("adapter", "muon"),  # Muon is for whole matrices
         ("sharding-1/1/1", "copies"),
         ("sharding-1/1/1", "wider-states"),
         ("sharding-1/1/k", "wider-states"),

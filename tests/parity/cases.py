@@ -11,6 +11,7 @@ from rank_steps import STEPS, errors, merged, run_steps, start
 
 from ternlm.config.support import Case, parse_case
 from ternlm.data.batch import Batch
+from ternlm.model.init import fill_initial
 from ternlm.parallel.mesh import Mesh
 from ternlm.train.objective import Loss, LossFn
 from ternlm.train.validate import validate
@@ -29,6 +30,8 @@ MODEL: dict[str, dict[str, Any]] = {
     "spike": {"train": {"spike": "skip", "spike_window": 1, "steps": STEPS + 2}},
     "packing-across": {"data": {"packing": "across"}},
     "packing-pad": {"data": {"packing": "pad"}},
+    "lora": {"adapter": {"rank": 4, "alpha": 8.0}},
+    "dora": {"adapter": {"kind": "dora", "rank": 3, "alpha": 6.0}},
 }
 LAYOUT: dict[str, Callable[[int], dict[str, Any]]] = {
     "tensor": lambda degree: {"parallel": {"tensor": degree, "sequence": False}},
@@ -105,8 +108,13 @@ def train_cases(folder: Path, texts: Sequence[str]) -> dict[str, dict[str, float
 
 
 def _train(folder: Path, case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
-    held_out = {"data": {"validation": [{"name": "held", "path": str(folder / "code")}]}}
+    held_out: dict[str, Any] = {"data": {"validation": [{"name": "held", "path": str(folder / "code")}]}}
+    if "adapter" in settings:
+        held_out["load"] = {"from": str(_base(folder, case))}
     run = start(folder, merged(settings, held_out), resume="never")
+    if "adapter" in settings:  # which would else begin at nothing
+        for piece in run.pieces:
+            fill_initial(piece.shard().detach(), f"{piece.name}.start", run.config.model, 1, piece.shape, piece.offset)
     loss_fn = run.loss_fn
 
     def spoil(step: int) -> None:
@@ -116,6 +124,20 @@ def _train(folder: Path, case: Case, settings: Mapping[str, Any]) -> dict[str, A
     assert run.progress.updates == STEPS, f"{run.progress.updates} updates in {run.progress.step} steps"
     found["sums"].append({name: [value] for name, value in validate(run).items()})
     return found
+
+
+def _base(folder: Path, case: Case) -> Path:
+    """Return a model for adapters to be trained on, which is made where it isn't there."""
+    flags = sorted(case.flags & {"tied", "qk-norm", "rope-dynamic"})
+    base = folder / "-".join(["base", *flags])
+    if not base.exists():
+        settings: dict[str, Any] = {"out": str(base)}
+        for name in flags:
+            settings = merged(settings, MODEL[name])
+        run = start(folder, settings, resume="never")
+        run.save()
+        run.saver.finish()
+    return base
 
 
 def _names_on_all_ranks(result: Mapping[str, Any]) -> set[str]:

@@ -37,9 +37,10 @@ This page is written by `TERNLM_WRITE_MATRIX=1 pytest tests/parity/test_layouts.
 | `compile` | `compute.compile` auto or on |
 | `several-rows` | `batch.microbatch_sequences` above 1 |
 | `rampup`, `spike` | `batch.rampup`; `train.spike`, and here one step that spikes and one with a NaN on one rank |
-| `packing-across`, `packing-pad` | `data.packing` |
+| `packing-across`, `packing-pad` | `data.packing`; `best_fit` counts as `packing-pad` |
 | `tied`, `qk-norm`, `rope-dynamic` | `model.tie_word_embeddings`, `model.qk_norm`, `model.rope_scaling.kind` |
 | `smoothing`, `z-loss`, `muon` | `loss.label_smoothing`, `loss.z_loss`, `optimizer.kind` |
+| `lora`, `dora` | `adapter.kind`, with all targets; as features both are `adapter` |
 
 As features, three sizes of sharding count as `sharding-1/1/1`, `sharding-1/1/k`, `sharding-1/k` or `sharding-k/k`, with
 `wider-states` where the optimizer's states are cut over more ranks than gradients, and `copies` where over fewer than

@@ -7,6 +7,7 @@ save leaves a folder that nobody takes for a checkpoint.
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from ternlm.checkpoint.errors import CheckpointError
@@ -42,10 +43,10 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path}: holds no complete checkpoint; give a run's folder or one of its checkpoints")
 
 
-def prune(run: Path, config: CheckpointConfig) -> None:
-    """Remove the complete checkpoints that the retention rule doesn't keep."""
+def prune(run: Path, config: CheckpointConfig, also: Collection[int] = ()) -> None:
+    """Remove the complete checkpoints that the retention rule doesn't keep, but those after the steps of `also`."""
     steps = complete_steps(run)
-    kept = set(steps[-config.keep_last :])
+    kept = {*steps[-config.keep_last :], *also}
     if config.keep_every_steps:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}
     for step in set(steps) - kept:

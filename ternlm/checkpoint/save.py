@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -46,19 +46,19 @@ class Saver:
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any], kept: Collection[int] = ()) -> None:
         """Save after `step` steps; returns once the tensors are copied, unless `checkpoint.wait`.
 
-        Collective: every rank must call it.
+        kept: steps whose checkpoints the retention rule is to keep too. Collective: every rank must call it.
         A save that fails is logged at once and leaves nothing behind; training goes on, and the next save is tried.
         Raises LostRanks where the one before could not reach the other ranks.
         """
         self._join()
         if self.config.wait:
-            self._write(step, tensors, state)
+            self._write(step, tensors, state, kept)
             return
         copies = copy_to_cpu(tensors)
-        self._thread = Thread(target=self._write, args=(step, copies, state), name="checkpoint")
+        self._thread = Thread(target=self._write, args=(step, copies, state, kept), name="checkpoint")
         self._thread.start()
 
     def finish(self) -> None:
@@ -76,7 +76,7 @@ class Saver:
         if isinstance(self._failure, LostRanks):
             raise self._failure
 
-    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Any], state: dict[str, Any], kept: Collection[int]) -> None:
         started, folder, self._failure = time.monotonic(), checkpoint_folder(self.run, step), None
         try:
             self._write_folder(folder, step, tensors, state)
@@ -92,7 +92,7 @@ class Saver:
             return
         logger.info("saved %s in %.1f s", folder, time.monotonic() - started)
         try:
-            prune(self.run, self.config)
+            prune(self.run, self.config, kept)
         except OSError as trouble:
             logger.warning("old checkpoints in %s can't be removed: %s", self.run, trouble)
 

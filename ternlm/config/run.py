@@ -71,11 +71,11 @@ class Config(Section):
         if self.adapter and not self.load.checkpoint:
             raise ValueError("adapter is set and load.from isn't; name the model whose weights stay frozen")
         if self.adapter and self.optimizer.kind == "muon":
-            raise ValueError("optimizer.kind = 'muon' is for whole matrices, not for adapters; set it to 'adamw'")
+            raise ValueError("optimizer.kind = 'muon' is for whole matrices, not adapters; set it to 'adamw'")
         nf4 = self.adapter is not None and self.adapter.base == "nf4"
         if nf4 and self.parallel.tensor > 1:
             raise ValueError(
-                f"adapter.base = 'nf4' needs whole matrices and parallel.tensor = {self.parallel.tensor} cuts them; set "
-                "one of them to 'auto' and 1"
+                f"adapter.base = 'nf4' needs whole matrices, and parallel.tensor = {self.parallel.tensor} cuts them; set "
+                "adapter.base to 'auto', or parallel.tensor to 1"
             )
         return self

@@ -54,7 +54,7 @@ class Case:
     @property
     def features(self) -> frozenset[str]:
         """What the run combines."""
-        flags = {"adapter" if flag in ("lora", "dora") else flag for flag in self.flags}
+        flags = frozenset("adapter" if flag in ("lora", "dora") else flag for flag in self.flags)
         return flags | set(self.degrees) | _sharding(*self.sharding, self.data_ranks, self.data > 1)
 
 

@@ -1,6 +1,6 @@
 """Talk with a model: a conversation that is kept, and an answer that streams. Screens and servers are for others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,6 +85,22 @@ def start_chat(
     template = chosen.template if chosen else str(own)
     params = replace(params, stop_ids=params.stop_ids | ends | stop_ids(tokenizer))
     return Chat(model, tokenizer, template, params, list[Message](messages))
+
+
+def answer_texts(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    template: str,
+    conversations: Sequence[Sequence[Message]],
+    params: SamplingParams,
+) -> list[str]:
+    """Return a model's answer to each conversation, which ends with what a user says."""
+    prompts = [encode_chat(tokenizer, template, messages) for messages in conversations]
+    answers = []
+    for prompt, tokens in zip(prompts, generate(model, prompts, params), strict=True):
+        stream = TextStream(tokenizer, prompt)
+        answers.append(stream.add(tokens) + stream.finish())
+    return answers
 
 
 def told_ends(facts: Mapping[str, Any]) -> set[int]:

@@ -164,6 +164,11 @@ def _agree(run: Run, facts: StepFacts | None, wishes: Wishes) -> tuple[str | Non
         reason = f"the stop file {train.stop_file} asked for it"
     elif run.progress.step >= train.steps:
         reason = "the last step is done"
+    elif 0 < run.config.validation.patience <= run.progress.worse_in_row:
+        reason = (
+            f"the held-out loss has not fallen for {run.progress.worse_in_row} validations; it was least, "
+            f"{run.progress.best_loss:.4g}, after step {run.progress.best_step}, whose checkpoint is kept"
+        )
     elif late:
         reason = f"the time budget of {train.max_minutes:g} minutes is used up"
     return reason, bool(reason or save or due)
@@ -172,4 +177,5 @@ def _agree(run: Run, facts: StepFacts | None, wishes: Wishes) -> tuple[str | Non
 def _save_is_due(run: Run, seconds_since_save: float) -> bool:
     checkpoint, step = run.config.checkpoint, run.progress.step
     by_steps = checkpoint.every_steps > 0 and step % checkpoint.every_steps == 0
-    return by_steps or 0 < checkpoint.every_minutes * 60 <= seconds_since_save
+    best = run.config.validation.patience > 0 and run.progress.best_step == step
+    return by_steps or best or 0 < checkpoint.every_minutes * 60 <= seconds_since_save

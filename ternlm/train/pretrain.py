@@ -1,11 +1,12 @@
-"""The pretraining job: settings in; checkpoints, metrics and samples out."""
+"""The training job: settings in; checkpoints, metrics and samples out. Fine-tuning is a caller of it."""
 
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from ternlm.checkpoint.folders import remove_incomplete
 from ternlm.config import Config, render
@@ -28,7 +29,7 @@ from ternlm.train.precision import choose_device
 from ternlm.train.report import Reporter
 from ternlm.train.run import Run, check_alike, set_up
 from ternlm.train.shortage import ShortageGuard
-from ternlm.train.validate import validate
+from ternlm.train.validate import judge, validate
 from ternlm.train.watch import PlanWatch
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,15 @@ Continue = Callable[[CausalLM, Tokenizer, Sequence[str], int, float], list[str]]
 """`(model, tokenizer, prompts, max_new_tokens, temperature) -> continuations`."""
 
 
-def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | None = None) -> Run:
+def pretrain(
+    config: Config,
+    resume: str = "auto",
+    continue_texts: Continue | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Run:
     """Train to the end of `config`, or until something stops the run; return it with its trained model.
 
-    resume: see `set_up`. continue_texts: how to sample, needed only where `sample.every_steps` is set.
+    resume, facts: see `set_up`. continue_texts: how to sample, needed only where `sample.every_steps` is set.
     Every error in the settings or the data is raised before the first step.
     """
     if config.sample.every_steps and continue_texts is None:
@@ -69,7 +75,7 @@ def pretrain(config: Config, resume: str = "auto", continue_texts: Continue | No
         _first_rank_enters(Path(config.out), mesh, stack)
         _check_shared(Path(config.out), mesh)
         with guard:
-            run = guard.run = set_up(config, resume, mesh, launch.restarted)
+            run = guard.run = set_up(config, resume, mesh, launch.restarted, facts)
             return _train(run, continue_texts, cluster)
 
 
@@ -165,7 +171,13 @@ def _extras(run: Run, reporter: Reporter, continue_texts: Continue | None) -> li
     validation, sample = run.config.validation, run.config.sample
     extras = []
     if validation.every_steps:
-        extras.append(Every(_each(validation.every_steps, run.config.train.steps), lambda: validate(run)))
+
+        def hold_out() -> dict[str, float]:
+            metrics = validate(run)
+            judge(run, metrics)
+            return metrics
+
+        extras.append(Every(_each(validation.every_steps, run.config.train.steps), hold_out))
     if sample.every_steps and continue_texts is not None:
 
         def act() -> dict[str, float]:

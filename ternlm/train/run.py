@@ -93,7 +93,8 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint of this moment. Collective: every rank must call it."""
         tensors = {**model_tensors(self.pieces), **optimizer_tensors(self.pieces, self.optimizers)}
-        self.saver.save(self.progress.step, tensors, self._state())
+        best = {self.progress.best_step} if self.config.validation.patience else set[int]()
+        self.saver.save(self.progress.step, tensors, self._state(), best)
 
     def _state(self) -> dict[str, Any]:
         return {

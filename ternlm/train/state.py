@@ -20,6 +20,19 @@ class Progress:
     """How many of the newest steps were skipped."""
     seconds: float = 0.0
     """Time spent in the training loop, validation and saving included."""
+    best_loss: float | None = None
+    """Least held-out loss (nats per token) so far."""
+    best_step: int = 0
+    """The step after which it was found."""
+    worse_in_row: int = 0
+    """Validations since."""
+
+    def judge(self, held_out_loss: float) -> None:
+        """Take note of a validation after the newest step."""
+        if self.best_loss is None or held_out_loss < self.best_loss:
+            self.best_loss, self.best_step, self.worse_in_row = held_out_loss, self.step, 0
+        else:
+            self.worse_in_row += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for a checkpoint."""

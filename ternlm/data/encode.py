@@ -15,7 +15,9 @@ from ternlm.data.atomic import write_atomically
 from ternlm.data.errors import DataError
 from ternlm.data.internlm import InternLMFiles
 from ternlm.data.plan import Unit
-from ternlm.data.readers import (
+from ternlm.data.readers import ReadOptions, read_documents
+from ternlm.data.shards import TOKEN_DTYPES, ShardInfo, ShardWriter, token_dtype
+from ternlm.data.spans import (
     DAMAGED,
     EMPTY_FILE,
     EMPTY_TEXT,
@@ -25,11 +27,8 @@ from ternlm.data.readers import (
     TOO_LONG,
     WRONG_TYPE,
     BadRecord,
-    ReadOptions,
     Span,
-    read_documents,
 )
-from ternlm.data.shards import TOKEN_DTYPES, ShardInfo, ShardWriter, token_dtype
 from ternlm.data.tokenizer import Tokenizer
 
 OnError = Literal["fail", "skip"]

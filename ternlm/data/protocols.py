@@ -4,12 +4,13 @@ They are data: `chat` renders and encodes with them, exports write them into mod
 carry it: given `messages`, `tools`, `add_generation_prompt`, `bos_token` and `eos_token`.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ternlm.data.errors import DataError
-from ternlm.data.tokenizer import Tokenizer
+from ternlm.data.tokenizer import CONFIG_FILE, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ChatProtocol:
 
     def fit(self, tokenizer: Tokenizer) -> Tokenizer:
         """Return the tokenizer with the protocol's tokens; raises DataError where it has no room for them."""
+        if not any(self is known for known in PROTOCOLS.values()):
+            return tokenizer  # a model's own template goes with its tokenizer
         lacks = [token for token in self.stop if token not in tokenizer.markup_in(token)]
         if not lacks:
             return tokenizer
@@ -194,6 +197,20 @@ def protocol_for(
     raise DataError(
         f"the model doesn't tell how it was trained to chat; choose a protocol, {choices}, or give a .jinja file"
     )
+
+
+def read_template(tokenizer: str | Path) -> str | None:
+    """Read the chat template that lies beside a tokenizer, in its folder, if one does."""
+    path = Path(tokenizer)
+    folder = path if path.is_dir() else path.parent
+    file, config = folder / "chat_template.jinja", folder / CONFIG_FILE
+    try:
+        if file.is_file():
+            return file.read_text("utf-8")
+        written = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{folder}: its chat template can't be read ({error}); name a protocol") from error
+    return written if isinstance(written, str) else None
 
 
 def _ends(tokenizer: Tokenizer, template: str, own: Collection[str]) -> tuple[str, ...]:

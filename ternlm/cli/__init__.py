@@ -195,7 +195,7 @@ def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     protocol: Annotated[
-        Literal["internlm", "internlm2"] | None,
+        Literal["internlm", "internlm2", "chatml", "llama3"] | None,
         typer.Option(help="How it was trained to chat.", show_default="the model's own"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 1024,

@@ -43,7 +43,7 @@ def export_model(
     max_length: Annotated[int | None, typer.Option(help="Context to stretch to, in tokens.", min=1)] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest file, in GB.", min=0.001)] = 5.0,
     chat: Annotated[
-        Literal["internlm", "internlm2"] | None,
+        Literal["internlm", "internlm2", "chatml", "llama3"] | None,
         typer.Option(help="The protocol that it was trained to chat with.", show_default="the model's own, if any"),
     ] = None,
 ) -> None:

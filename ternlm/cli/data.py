@@ -1,7 +1,7 @@
 """The verbs of `tern data`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,19 @@ TextDocument = Annotated[
 OnError = Annotated[
     Literal["fail", "skip"], typer.Option(help="A record that can't be used ends the work, or is left out and counted.")
 ]
+
+Chat = Annotated[
+    str | None,
+    typer.Option(
+        help="The files hold conversations, for this protocol: internlm, internlm2, chatml, llama3, auto (by the "
+        "tokenizer), or a file of a Jinja template."
+    ),
+]
+Conversations = Annotated[
+    Literal["auto", "messages", "sharegpt", "alpaca", "pairs", "text", "internlm"],
+    typer.Option(help="With --chat: what a record is; auto: by its fields."),
+]
+System = Annotated[str | None, typer.Option(help="With --chat: system message of conversations that have none.")]
 
 
 @data.command("tokenizer")
@@ -68,15 +81,19 @@ def prepare_data(
     ] = None,
     bos: Annotated[bool, typer.Option(help="Begin each document with the tokenizer's bos, if it has one.")] = True,
     eos: Annotated[bool, typer.Option(help="End each document with the tokenizer's eos.")] = True,
+    chat: Chat = None,
+    conversations: Conversations = "auto",
+    system: System = None,
 ) -> None:
-    """Turn raw text into token shards."""
+    """Turn raw text, or with --chat conversations, into token shards."""
     from rich.console import Console
 
     from ternlm.data.prepare import prepare
 
+    its, options = _conversations(tokenizer, chat, conversations, system)
     prepare(
         inputs,
-        tokenizer,
+        its,
         out,
         workers=workers,
         part=part,
@@ -88,19 +105,67 @@ def prepare_data(
         unit_bytes=unit_bytes,
         bos=bos,
         eos=eos,
+        conversations=options,
         console=Console(),
     )
 
 
 @data.command("inspect")
 def inspect_data(
-    path: Annotated[Path, typer.Argument(help="A prepared folder, or InternLM .bin files.")],
+    path: Annotated[
+        Path, typer.Argument(help="A prepared folder, InternLM .bin files, or conversations (with --chat).")
+    ],
     documents: Annotated[int, typer.Option(help="How many to show, evenly spread.")] = 3,
     chars: Annotated[int, typer.Option(help="Characters of each to show, at most.")] = 600,
-    tokenizer: Annotated[Path | None, typer.Option(help="To decode .bin files; prepared folders have theirs.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Of .bin files and conversations; prepared folders have theirs.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything; check checksums and ids.")] = False,
+    seq_len: Annotated[int | None, typer.Option(help="Tell what sequences of so many tokens cut off.", min=1)] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Put [[ ]] around what is trained.")] = False,
+    chat: Chat = None,
+    conversations: Conversations = "auto",
+    system: System = None,
+    records: Annotated[
+        int, typer.Option(help="Of conversations, look at the first so many of each file.", min=1)
+    ] = 2000,
 ) -> None:
-    """Show counts, shards and decoded documents."""
+    """Show counts, shards and decoded documents; or what conversations become, before they are prepared."""
     from ternlm.data.inspect import inspect
+    from ternlm.data.inspect_chat import inspect_conversations
 
-    inspect(path, documents=documents, chars=chars, tokenizer=tokenizer, verify=verify)
+    if chat is None:
+        inspect(
+            path,
+            documents=documents,
+            chars=chars,
+            tokenizer=tokenizer,
+            verify=verify,
+            seq_len=seq_len,
+            plain=plain,
+        )
+        return
+    if tokenizer is None:
+        raise typer.BadParameter("conversations need one", param_hint="--tokenizer")
+    its, options = _conversations(tokenizer, chat, conversations, system)
+    inspect_conversations(
+        path, its, options, documents=documents, chars=chars, records=records, seq_len=seq_len, plain=plain
+    )
+
+
+def _conversations(tokenizer: Path, chat: str | None, format: Any, system: str | None) -> Any:
+    """Load the tokenizer, and find how conversations become tokens with it: (Tokenizer, ConversationOptions)."""
+    from ternlm.data.protocols import protocol_for, read_template
+    from ternlm.data.samples import ConversationOptions
+    from ternlm.data.tokenizer import load_tokenizer
+
+    its = load_tokenizer(tokenizer)
+    if chat is None:
+        if format != "auto" or system is not None:
+            raise typer.BadParameter("name the chat protocol too", param_hint="--chat")
+        return its, None
+    protocol = protocol_for(chat, its, read_template(tokenizer))
+    options = ConversationOptions(
+        format, protocol.template, protocol.stop, protocol.after_end, protocol.document_end, system
+    )
+    return protocol.fit(its), options

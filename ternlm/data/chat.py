@@ -1,12 +1,10 @@
-"""Conversations to text and ids: the one place where a chat protocol is defined.
+"""Conversations to text and ids by a chat template, as a model is sent them; the protocols are `protocols`'.
 
-A protocol is a Jinja template, as exported tokenizers carry it, and the tokens that end an answer. What a user types
-can't become a special token: `encode_chat` sees to it, by `typed`.
+What a user types can't become a special token: `encode_chat` sees to it, by `typed`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -16,100 +14,98 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ternlm.data.errors import DataError
+from ternlm.data.protocols import INTERNLM, INTERNLM2, PROTOCOLS, ChatProtocol
 from ternlm.data.tokenizer import Tokenizer
 
+__all__ = [
+    "INTERNLM",
+    "INTERNLM2",
+    "PROTOCOLS",
+    "ChatProtocol",
+    "Message",
+    "Tool",
+    "encode_chat",
+    "encode_rendered",
+    "render",
+]
+
 Message = Mapping[str, Any]
-"""`{"role": "system" | "user" | "assistant", "content": text}`."""
+"""`{"role": "system" | "user" | "assistant" | "tool", "content": text}`.
 
-
-@dataclass(frozen=True)
-class ChatProtocol:
-    """How a family of models is spoken with."""
-
-    template: str
-    """Jinja, given `messages`, `add_generation_prompt`, `bos_token` and `eos_token`."""
-    stop: tuple[str, ...]
-    """Tokens that end an answer."""
-    names: Mapping[int, str] = field(default_factory=dict)
-    """What ids are called that the family's base tokenizer leaves unused."""
-
-    def fit(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Return the tokenizer with the protocol's tokens; raises DataError where it has no room for them."""
-        lacks = [token for token in self.stop if token not in tokenizer.markup_in(token)]
-        if not lacks:
-            return tokenizer
-        if not self.names or not all(
-            index < tokenizer.vocab_size and "UNUSED" in tokenizer.token_of(index) for index in self.names
-        ):
-            raise DataError(
-                f"the tokenizer has no {' and no '.join(lacks)}, with which the chat protocol ends an answer; choose "
-                "the protocol that the model was trained with"
-            )
-        return tokenizer.renamed(self.names)
-
-
-INTERNLM = ChatProtocol(
-    template=(
-        "{%- set turn = namespace(newest=0) -%}"
-        "{%- for message in messages if message.role == 'user' -%}{%- set turn.newest = loop.index -%}{%- endfor -%}"
-        "{%- set asked = namespace(count=0) -%}"
-        "{%- for message in messages -%}"
-        "{%- if message.role == 'user' -%}{%- set asked.count = asked.count + 1 -%}"
-        # The text begins with <s>, and so does every turn of the past; not the newest.
-        "{%- if loop.first or (asked.count > 1 and asked.count < turn.newest) -%}{{ '<s>' }}{%- endif -%}"
-        "{{ '<|User|>:' + message.content + '<eoh>\n' }}"
-        "{%- elif message.role == 'assistant' -%}{{ '<|Bot|>:' + message.content + '<eoa>\n' }}"
-        "{%- elif message.role == 'system' and loop.first -%}{{ '<s><|System|>:' + message.content + '<eoh>\n' }}"
-        "{%- else -%}{{ raise_exception('roles are system (first), user and assistant, not ' + message.role) }}"
-        "{%- endif -%}{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|Bot|>:' }}{%- endif -%}"
-    ),
-    stop=("<eoa>", "</s>"),
-)
-"""InternLM chat (2023): `<s><|User|>:question<eoh>\\n<|Bot|>:answer<eoa>\\n`."""
-
-INTERNLM2 = ChatProtocol(
-    template=(
-        "{{ bos_token }}{%- for message in messages -%}"
-        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-    ),
-    stop=("<|im_end|>", "</s>"),
-    names={
-        92538: "<|plugin|>",
-        92539: "<|interpreter|>",
-        92540: "<|action_end|>",
-        92541: "<|action_start|>",
-        92542: "<|im_end|>",
-        92543: "<|im_start|>",
-    },
-)
-"""InternLM2 chat: ChatML after `<s>`."""
-
-PROTOCOLS = {"internlm": INTERNLM, "internlm2": INTERNLM2}
+An assistant may call tools, and then have no content: `"tool_calls": [{"function": {"name", "arguments": {...}}}]`.
+"""
+Tool = Mapping[str, Any]
+"""`{"type": "function", "function": {"name", "description", "parameters": a JSON schema}}`."""
 
 
 def render(
-    template: str, messages: Sequence[Message], add_generation_prompt: bool = True, tokenizer: Tokenizer | None = None
+    template: str,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    tokenizer: Tokenizer | None = None,
+    tools: Sequence[Tool] | None = None,
 ) -> str:
-    """Return the text of a conversation; raises DataError where the template refuses it, or isn't one."""
+    """Return the text of a conversation; raises DataError where the template refuses it, or isn't one.
+
+    So it does where the template leaves out the tools, or the calls of them: it isn't made for them.
+    """
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     if tokenizer is not None:
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         tokens = {name: "" if index is None else tokenizer.token_of(index) for name, index in ids.items()}
-    for number, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise DataError(f"message {number} must have a role and a content, both text; it is {dict(message)!r}")
-    given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": None, **tokens}
-    try:
+    checked = [_checked(number, message) for number, message in enumerate(messages)]
+
+    def text(messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools, **tokens}
         return _compiled(template).render(documents=None, **given)
+
+    try:
+        rendered = text(checked, list(tools) if tools else None)
     except Exception as trouble:  # a template may do anything wrong that Python can
         raise DataError(f"the chat template can't take this conversation ({trouble}); change its messages") from trouble
+    calls = any(message.get("tool_calls") for message in checked)
+    try:
+        if tools and rendered == text(checked, None):
+            raise DataError("the chat template leaves tools out; choose one that is made for them, or give no tools")
+        if calls and rendered == text([{**message, "tool_calls": None} for message in checked], tools):
+            raise DataError("the chat template leaves calls of tools out; choose one that is made for them")
+    except DataError:
+        raise
+    except Exception:  # it can't do without them, so it doesn't leave them out
+        return rendered
+    return rendered
+
+
+def _checked(number: int, message: Message) -> Message:
+    """Return a message as templates take it: with a text as its content, arguments as objects."""
+    calls, content = message.get("tool_calls"), message.get("content")
+    if not isinstance(message.get("role"), str) or not (isinstance(content, str) or (content is None and calls)):
+        raise DataError(f"message {number} must have a role and a content, both text; it is {dict(message)!r}")
+    if not calls:
+        return message
+    return {**message, "content": content or "", "tool_calls": [_with_arguments(number, call) for call in calls]}
+
+
+def _with_arguments(number: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a call of a tool with its arguments as an object, which OpenAI's interface writes as JSON."""
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise DataError(f"message {number} calls a tool with arguments that aren't JSON ({error})") from error
+    function = {**function, "arguments": parsed}
+    return {**call, "function": function} if "function" in call else function
 
 
 def encode_chat(
-    tokenizer: Tokenizer, template: str, messages: Sequence[Message], add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    template: str,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    tools: Sequence[Tool] | None = None,
 ) -> list[int]:
     """Return the ids of a conversation.
 
@@ -118,11 +114,27 @@ def encode_chat(
     calls of tools (<think>, <tool_call>) are tokens in its own turns. Raises DataError as `render`.
     """
 
-    def rendered(conversation: Sequence[Message]) -> str:
-        return render(template, conversation, add_generation_prompt, tokenizer)
+    def rendered(conversation: Sequence[Message], tools: Sequence[Tool] | None) -> str:
+        return render(template, conversation, add_generation_prompt, tokenizer, tools)
+
+    return encode_rendered(tokenizer, messages, tools, rendered)
+
+
+def encode_rendered(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None,
+    rendered: Callable[[Sequence[Message], Sequence[Tool] | None], str],
+) -> list[int]:
+    """Return the ids of the text that `rendered` makes of a conversation and tools, as `encode_chat` does."""
+    # Tools travel as one more message: what they hold is typed too.
+    typed = [*messages, {"role": "tools", "tools": list(tools)}] if tools else messages
+
+    def render_typed(typed: Sequence[Message]) -> str:
+        return rendered(typed[:-1], typed[-1]["tools"]) if tools else rendered(typed, None)
 
     try:
-        return tokenizer.chat_encoder.encode(messages, rendered, tokenizer.encode_markup)
+        return tokenizer.chat_encoder.encode(typed, render_typed, tokenizer.encode_markup)
     except DataError:
         raise
     except ValueError as trouble:

@@ -15,7 +15,18 @@ from ternlm.data.atomic import write_atomically
 from ternlm.data.errors import DataError
 from ternlm.data.internlm import InternLMFiles
 from ternlm.data.plan import Unit
-from ternlm.data.readers import (
+from ternlm.data.readers import ReadOptions, read_documents
+from ternlm.data.samples import (
+    BAD_CONVERSATION,
+    NO_ANSWER,
+    NO_FORMAT,
+    OTHER_FORMAT,
+    ConversationOptions,
+    Counts,
+    write_samples,
+)
+from ternlm.data.shards import TOKEN_DTYPES, ShardInfo, ShardWriter, token_dtype
+from ternlm.data.spans import (
     DAMAGED,
     EMPTY_FILE,
     EMPTY_TEXT,
@@ -25,11 +36,8 @@ from ternlm.data.readers import (
     TOO_LONG,
     WRONG_TYPE,
     BadRecord,
-    ReadOptions,
     Span,
-    read_documents,
 )
-from ternlm.data.shards import TOKEN_DTYPES, ShardInfo, ShardWriter, token_dtype
 from ternlm.data.tokenizer import Tokenizer
 
 OnError = Literal["fail", "skip"]
@@ -43,6 +51,10 @@ _REMEDIES = {
     WRONG_TYPE: "name the field that holds the text with --field",
     EMPTY_FILE: "remove the file",
     DAMAGED: "copy or compress the file again",
+    NO_FORMAT: "bring the file into one of these formats",
+    OTHER_FORMAT: "give each format its own files, and name it with --conversations where it isn't found",
+    NO_ANSWER: "give the conversation an answer that carries loss",
+    BAD_CONVERSATION: "put the record right",
     TOO_LONG: "for text files choose --text-document line or paragraph, else split the document",
     BAD_TOKENS: "use the tokenizer that made the ids",
 }
@@ -56,6 +68,8 @@ class EncodeOptions:
     bos: bool
     eos: bool
     on_error: OnError
+    conversations: ConversationOptions | None = None
+    """How to read records as conversations; None: as texts."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,8 @@ class UnitReport:
     """UTF-8 bytes of the documents' text."""
     skipped: dict[str, dict[str, Any]]
     """Per kind of record left out: how many, and the first one's place and trouble."""
+    conversations: dict[str, Any] | None = None
+    """Of conversations their number, the samples', the tokens' with loss, and how many are of each format."""
 
     def faults(self) -> int:
         """Count the records left out by --on-error skip; blank ones aren't among them."""
@@ -83,13 +99,15 @@ def encode_unit(folder: Path, index: int, unit: Unit, tokenizer: Tokenizer, opti
     skipped = SkippedRecords(options.on_error)
     try:
         with ShardWriter(folder, unit_name(index), tokenizer.vocab_size) as writer:
-            num_bytes = _fill(writer, unit, tokenizer, options, skipped)
+            counts = Counts()
+            num_bytes = _fill(writer, unit, tokenizer, options, skipped, counts)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder / unit_name(index)}: another process took its files away, for it makes the same shards; "
             "let one of the two end, or give each machine its own --part"
         ) from error
-    report = UnitReport(writer.close(), num_bytes, dict(sorted(skipped.kinds.items())))
+    counted = counts.report() if options.conversations else None
+    report = UnitReport(writer.close(), num_bytes, dict(sorted(skipped.kinds.items())), counted)
     text = json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"
     write_atomically(folder / f"{unit_name(index)}.json", text.encode())
     return report
@@ -145,7 +163,12 @@ def _check_size(span: Span) -> None:
 
 
 def _fill(
-    writer: ShardWriter, unit: Unit, tokenizer: Tokenizer, options: EncodeOptions, skipped: SkippedRecords
+    writer: ShardWriter,
+    unit: Unit,
+    tokenizer: Tokenizer,
+    options: EncodeOptions,
+    skipped: SkippedRecords,
+    counts: Counts,
 ) -> int:
     """Write a unit's documents; returns the UTF-8 bytes of their text."""
     num_bytes = 0
@@ -155,10 +178,12 @@ def _fill(
         if span.file.format == "internlm":
             if byte_counts is None:
                 byte_counts = tokenizer.token_bytes()
-            num_bytes += _copy_tokens(span, writer, byte_counts, skipped)
+            num_bytes += _copy_tokens(span, writer, byte_counts, skipped, counts)
+        elif options.conversations is not None:
+            write_samples(span, writer, tokenizer, options.conversations, counts, skipped)
         else:
             num_bytes += _encode_span(span, writer, tokenizer, options, skipped)
-    return num_bytes
+    return num_bytes + counts.bytes
 
 
 def _encode_span(
@@ -188,7 +213,9 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _copy_tokens(span: Span, writer: ShardWriter, byte_counts: np.ndarray, skipped: SkippedRecords) -> int:
+def _copy_tokens(
+    span: Span, writer: ShardWriter, byte_counts: np.ndarray, skipped: SkippedRecords, counts: Counts
+) -> int:
     """Copy an InternLM file's documents, ids and mask as they are; returns the bytes the ids stand for."""
     source = InternLMFiles.open(span.file.path)
     stop = source.num_documents if span.stop is None else span.stop
@@ -209,5 +236,6 @@ def _copy_tokens(span: Span, writer: ShardWriter, byte_counts: np.ndarray, skipp
             skipped(BadRecord(BAD_TOKENS, span.file, f":{index + 1}", what))
         else:
             writer.add(ids, trained)
+            counts.add("internlm", 1, len(ids) if trained is None else int(trained.sum()), 0)
             num_bytes += int(byte_counts[ids].sum())
     return num_bytes

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ternlm.data.errors import DataError
 from ternlm.data.internlm import InternLMFiles
+from ternlm.data.measure import describe, measure
 from ternlm.data.shards import ShardSet
 from ternlm.data.source import open_store
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -34,13 +35,17 @@ def inspect(
     chars: int = 600,
     tokenizer: str | Path | None = None,
     verify: bool = False,
+    seq_len: int | None = None,
+    plain: bool = False,
+    title: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Print what a prepared folder, or a file or folder of InternLM .bin files, holds.
 
     documents: how many to decode, evenly spread. chars: of each, at most. tokenizer: needed to decode .bin files;
-    a prepared folder has its own. verify: read everything, and check checksums and ids. Special tokens are set
-    off in colour, and tokens without loss are dim.
+    a prepared folder has its own. verify: read everything, and check checksums and ids. seq_len: tell what sequences
+    of so many tokens would cut off. plain: put [[ ]] around what is trained. title: to print for the path. Special
+    tokens are set off in colour, and tokens without loss are dim. Where some are, lengths and shares are told too.
     """
     if documents < 0 or chars < 1:
         raise DataError(f"documents = {documents} must be at least 0 and chars = {chars} at least 1")
@@ -48,14 +53,14 @@ def inspect(
     store = open_store(path)
     assert isinstance(store, ShardSet | InternLMFiles)
     its = _load_tokenizer(store, tokenizer)
-    _print_counts(store, its, console)
+    _print_counts(store, its, seq_len, title or str(store.path), console)
     if isinstance(store, ShardSet):
         console.print(_shard_table(store))
     if verify:
         console.print(f"verified: {_verify(store, its)}")
     shown = min(documents, store.num_documents)
     for index in (number * store.num_documents // shown for number in range(shown)):
-        _print_document(store, index, its, chars, console)
+        _print_document(store, index, its, chars, plain, console)
 
 
 def _load_tokenizer(store: ShardSet | InternLMFiles, tokenizer: str | Path | None) -> Tokenizer | None:
@@ -72,7 +77,9 @@ def _load_tokenizer(store: ShardSet | InternLMFiles, tokenizer: str | Path | Non
     return its
 
 
-def _print_counts(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None, console: Console) -> None:
+def _print_counts(
+    store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None, seq_len: int | None, title: str, console: Console
+) -> None:
     mean = store.num_tokens / max(store.num_documents, 1)
     rows = [
         ("documents", f"{store.num_documents:,}"),
@@ -87,6 +94,8 @@ def _print_counts(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None, 
             rows.append(("left out", f"{entry['count']:,} for {kind}, the first: {entry['first']}"))
     else:
         rows.append(("stored as", f"InternLM .bin, {len(store.files):,} files"))
+    if seq_len is not None or _has_mask(store):
+        rows += describe(measure(store, _end_ids(store, tokenizer), seq_len), seq_len)
     if tokenizer is not None:
         ends = f"bos {tokenizer.bos_id}, eos {tokenizer.eos_id}"
         rows.append(("tokenizer", f"{tokenizer.kind}, vocabulary {tokenizer.vocab_size:,}, {ends}"))
@@ -94,8 +103,24 @@ def _print_counts(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None, 
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
         table.add_row(name, Text(value))
-    console.print(Text(str(store.path), style="bold"))
+    console.print(Text(title, style="bold"))
     console.print(table)
+
+
+def _has_mask(store: ShardSet | InternLMFiles) -> bool:
+    if isinstance(store, ShardSet):
+        return any(shard.masked for shard in store.shards)
+    return any(store.document(index)[1] is not None for index in range(store.num_documents))
+
+
+def _end_ids(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None) -> set[int]:
+    """Return the ids that end answers: those that conversations were prepared with, else the special tokens."""
+    if tokenizer is None:
+        return set()
+    options = store.manifest.get("options", {}) if isinstance(store, ShardSet) else {}
+    eos = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    stop = options.get("conversations", {}).get("stop", [])
+    return eos | {tokenizer.id_of(token) for token in stop}
 
 
 def _shard_table(store: ShardSet) -> Table:
@@ -115,7 +140,12 @@ def _shard_table(store: ShardSet) -> Table:
 
 
 def _print_document(
-    store: ShardSet | InternLMFiles, index: int, tokenizer: Tokenizer | None, chars: int, console: Console
+    store: ShardSet | InternLMFiles,
+    index: int,
+    tokenizer: Tokenizer | None,
+    chars: int,
+    plain: bool,
+    console: Console,
 ) -> None:
     """Print one document between rules, cut to `chars` characters."""
     ids, trained = store.document(index)
@@ -127,11 +157,17 @@ def _print_document(
     ids, trained = ids[: 4 * chars], None if trained is None else trained[: 4 * chars]
     try:
         text = Text()
-        for run, style in _runs(ids, trained, tokenizer):
+        before = False
+        for run, style, loss in _runs(ids, trained, tokenizer):
+            if plain and loss != before:
+                text.append("[[" if loss else "]]", style="bold")
+            before = loss
             words = " ".join(map(str, run)) + " " if tokenizer is None else tokenizer.decode(run, skip_special=False)
             text.append(words, style=style)
     except DataError as error:
         raise DataError(f"{store.place(index)}: {error}") from error
+    if plain and before:
+        text.append("]]", style="bold")
     if len(text) > chars or len(ids) == 4 * chars:
         text = text[:chars] + Text(" ...", style="bold")
     console.print(text, soft_wrap=True)
@@ -139,14 +175,16 @@ def _print_document(
 
 def _runs(
     ids: NDArray[np.integer], trained: NDArray[np.bool_] | None, tokenizer: Tokenizer | None
-) -> Iterator[tuple[list[int], str]]:
-    """Cut ids into runs of one look: special tokens, without loss, or plain."""
+) -> Iterator[tuple[list[int], str, bool]]:
+    """Cut ids into runs of one look: special tokens, without loss, or plain; and say whether they are trained."""
     special = np.isin(ids, sorted(tokenizer.special_ids)) if tokenizer else np.zeros(len(ids), bool)
-    looks = np.where(special, 2, 0 if trained is None else np.where(trained, 0, 1))
-    cuts = [0, *(np.flatnonzero(np.diff(looks)) + 1).tolist(), len(ids)]
+    loss = np.ones(len(ids), bool) if trained is None else trained
+    looks = np.where(special, 2, np.where(loss, 0, 1))
+    cuts = [0, *(np.flatnonzero(np.diff(2 * looks + loss)) + 1).tolist(), len(ids)]
     for start, stop in pairwise(cuts):
         if stop > start:
-            yield ids[start:stop].tolist(), ("", _NO_LOSS_STYLE, _SPECIAL_STYLE)[looks[start]]
+            style = ("", _NO_LOSS_STYLE, _SPECIAL_STYLE)[looks[start]]
+            yield ids[start:stop].tolist(), style, bool(loss[start])
 
 
 def _verify(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None) -> str:

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 
 from ternlm.data.errors import DataError
 from ternlm.data.internlm import InternLMFiles
-from ternlm.data.readers import Compression, Format, InputFile, Span, TextDocument
+from ternlm.data.readers import TextDocument
+from ternlm.data.spans import Compression, Format, InputFile, Span
 
 FormatChoice = Literal["auto", "text", "json", "jsonl", "parquet", "internlm"]
 

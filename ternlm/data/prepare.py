@@ -4,7 +4,6 @@ Every work unit makes one shard whose bytes depend on inputs, tokenizer and opti
 its .json is there. So a killed run goes on where it was, and whoever does the last unit writes the manifest.
 """
 
-import json
 import os
 import re
 import sys
@@ -29,7 +28,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ternlm.data.atomic import is_temporary, write_atomically
+from ternlm.data.atomic import is_temporary
+from ternlm.data.claim import claim_folder
 from ternlm.data.encode import (
     EncodeOptions,
     OnError,
@@ -41,11 +41,12 @@ from ternlm.data.encode import (
 from ternlm.data.errors import DataError
 from ternlm.data.plan import FormatChoice, Unit, default_unit_bytes, describe_units, find_inputs, make_units
 from ternlm.data.readers import ReadOptions, TextDocument
+from ternlm.data.samples import ConversationOptions, describe_counts, merge_counts
 from ternlm.data.shards import MANIFEST, write_manifest
-from ternlm.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from ternlm.data.spans import InputFile
+from ternlm.data.tokenizer import Tokenizer, load_tokenizer
 from ternlm.data.workers import run_tasks
 
-PLAN = "plan.json"
 _PLAN_VERSION = 1
 
 
@@ -66,6 +67,8 @@ class Prepared:
     new_shards: int
     new_tokens: int
     seconds: float
+    conversations: dict[str, Any] | None = None
+    """Number of conversations, samples, trained tokens, and conversations per format; None: texts were prepared."""
 
 
 def prepare(
@@ -83,6 +86,7 @@ def prepare(
     unit_bytes: int | None = None,
     bos: bool = True,
     eos: bool = True,
+    conversations: ConversationOptions | None = None,
     console: Console | None = None,
 ) -> Prepared:
     """Turn files and folders of text into token shards in the folder `out`; or go on where a killed run was.
@@ -94,12 +98,13 @@ def prepare(
     include: pattern for the files in folders.
     unit_bytes: input for one shard; by the size of the input if not given.
     bos, eos: begin and end each document with the tokenizer's own; InternLM's .bin files stay as they are.
+    conversations: how to make samples of records that hold conversations, in place of documents of a text.
     console: where to show progress and a summary; None is silent.
     """
     _check_choices(on_error=on_error, text_document=text_document, unit_bytes=unit_bytes, workers=workers)
     folder = Path(out)
     its = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    if eos and its.eos_id is None:
+    if eos and its.eos_id is None and conversations is None:
         raise DataError(
             "the tokenizer has no eos token to end documents with; name one as eos_token in "
             "tokenizer_config.json beside it, or choose --no-eos"
@@ -108,13 +113,11 @@ def prepare(
     files = find_inputs(inputs, format=format, include=include)
     unit_bytes = unit_bytes or default_unit_bytes(sum(file.size for file in files))
     units = make_units(files, text_document, unit_bytes)
-    settings = {
-        "field": field,
-        "text_document": text_document,
-        "bos": bos,
-        "eos": eos,
-        "unit_bytes": unit_bytes,
-    }
+    settings: dict[str, Any] = {"field": field, "text_document": text_document, "bos": bos, "eos": eos}
+    settings["unit_bytes"] = unit_bytes
+    if conversations is not None:
+        _check_conversations(conversations, files, its)
+        settings["conversations"] = conversations.settings()
     plan = {
         "version": _PLAN_VERSION,
         "tokenizer": its.fingerprint,
@@ -122,8 +125,8 @@ def prepare(
         **describe_units(files, units),
     }
     mine = _units_of(part, len(units))
-    _claim(folder, plan, its)
-    options = EncodeOptions(ReadOptions(field, text_document), bos, eos, on_error)
+    claim_folder(folder, plan, its)
+    options = EncodeOptions(ReadOptions(field, text_document), bos, eos, on_error, conversations)
     run = _Run(folder, units, options, its, settings, console or Console(quiet=True))
     return run.complete() or run.go_on(mine, workers or _cores())
 
@@ -193,11 +196,18 @@ class _Run:
                     "eos_id": kind.eos_id,
                 },
                 num_bytes=sum(report.bytes for report in reports.values()),
-                options=self.settings | {"skipped": _sum_skipped(reports)},
+                options=self.settings | self._counted(reports),
             )
         except FileNotFoundError:  # another part ends at the same moment, took ours away and writes the same
             return True
         return True
+
+    def _counted(self, reports: dict[int, UnitReport]) -> dict[str, Any]:
+        """Return what the units counted, for the manifest."""
+        skipped = {"skipped": _sum_skipped(reports)}
+        if self.options.conversations is None:
+            return skipped
+        return skipped | {"counts": merge_counts(report.conversations for report in reports.values())}
 
     def _reports(self, indices: Sequence[int]) -> dict[int, UnitReport]:
         found = {index: read_report(self.folder, index, self.tokenizer.vocab_size) for index in indices}
@@ -234,6 +244,17 @@ def _units_of(part: str | None, count: int) -> range:
     return range(first - 1, count, step)
 
 
+def _check_conversations(options: ConversationOptions, files: Sequence[InputFile], tokenizer: Tokenizer) -> None:
+    """Refuse files that hold no conversations, and end tokens that the tokenizer hasn't, before any work."""
+    for token in options.stop:
+        tokenizer.id_of(token)
+    for file in files:
+        if file.format == "text":
+            raise DataError(f"{file.path}: a text file holds no conversations; give json, jsonl, parquet or .bin files")
+        if options.format == "internlm" and file.format != "internlm":
+            raise DataError(f"{file.path}: isn't one of InternLM's .bin files; name its own format, or choose auto")
+
+
 def _refuse_own_output(inputs: Sequence[str | Path], folder: Path) -> None:
     for place in map(Path, inputs):
         if place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
@@ -241,52 +262,6 @@ def _refuse_own_output(inputs: Sequence[str | Path], folder: Path) -> None:
                 f"the output {folder} lies in the input {place}, so its files would be input the next time; "
                 "choose a folder elsewhere"
             )
-
-
-def _claim(folder: Path, plan: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Make the folder this plan's, with a copy of the tokenizer; refuse one that is anything else's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {name for name in os.listdir(folder) if not is_temporary(name)}
-    if PLAN in names:
-        try:
-            before = json.loads((folder / PLAN).read_text("utf-8"))
-        except ValueError as error:
-            raise DataError(f"{folder / PLAN}: damaged ({error}); delete {folder} and begin again") from error
-        if before != plan:
-            raise DataError(
-                f"{folder} was begun with another plan: {_difference(before, plan)}. Give the inputs, tokenizer "
-                f"and options it was begun with, choose another folder, or delete {folder} to begin again"
-            )
-    elif names:
-        raise DataError(
-            f"{folder} holds other files (such as {min(names)}) and no {PLAN}; choose a new or empty folder"
-        )
-    else:
-        write_atomically(folder / PLAN, (json.dumps(plan, ensure_ascii=False) + "\n").encode())
-    if TOKENIZER_FILE not in names:
-        tokenizer.save(folder)
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Say in words the first thing in which two plans differ."""
-    if before.get("version") != now["version"]:
-        return f"plan version {before.get('version')}, now {now['version']}"
-    if before["tokenizer"] != now["tokenizer"]:
-        return f"tokenizer {before['tokenizer'][:12]}..., now {now['tokenizer'][:12]}... (fingerprints)"
-    then = {entry["name"]: entry for entry in before["inputs"]}
-    today = {entry["name"]: entry for entry in now["inputs"]}
-    for name in sorted(then.keys() | today.keys()):
-        if name not in today:
-            return f"input {name} is missing now"
-        if name not in then:
-            return f"input {name} is new"
-        for key, value in then[name].items():
-            if value != today[name][key]:
-                return f"input {name} had {key} {value}, now {today[name][key]}"
-    for key, value in before["options"].items():
-        if value != now["options"][key]:
-            return f"{key} was {value}, now {now['options'][key]}"
-    return "the inputs have other contents now"
 
 
 def _remove_temporary(folder: Path, stems: set[str] | None) -> None:
@@ -304,6 +279,7 @@ def _sum_up(
     *,
     complete: bool,
 ) -> Prepared:
+    talks = [report.conversations for report in reports.values()]
     return Prepared(
         folder=folder,
         complete=complete,
@@ -315,6 +291,7 @@ def _sum_up(
         new_shards=len(new),
         new_tokens=sum(report.shard.tokens for report in new.values()),
         seconds=seconds,
+        conversations=merge_counts(talks) if any(talks) else None,
     )
 
 
@@ -354,6 +331,8 @@ def _print_summary(prepared: Prepared, console: Console) -> None:
             f"{decimal(prepared.bytes)}, {ratio:.2f} bytes per token",
         ),
     ]
+    if prepared.conversations is not None:
+        rows.append(("conversations", describe_counts(prepared.conversations, prepared.tokens)))
     if prepared.new_shards:
         speed = prepared.new_tokens / max(prepared.seconds, 1e-9)
         run = f"{prepared.new_shards:,} shards in {prepared.seconds:.1f} s, {speed:,.0f} tokens/s"

@@ -6,7 +6,8 @@ from pathlib import Path
 from ternlm.data.encode import OnError, SkippedRecords
 from ternlm.data.errors import DataError
 from ternlm.data.plan import FormatChoice, find_inputs, make_units
-from ternlm.data.readers import InputFile, ReadOptions, TextDocument, read_documents
+from ternlm.data.readers import ReadOptions, TextDocument, read_documents
+from ternlm.data.spans import InputFile
 from ternlm.data.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 
 _UNIT_BYTES = 1 << 20

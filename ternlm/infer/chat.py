@@ -6,7 +6,9 @@ from typing import Any
 
 from ternlm.config.section import ConfigError
 from ternlm.convert.weights import OpenModel
-from ternlm.data.chat import PROTOCOLS, ChatProtocol, Message, encode_chat
+from ternlm.data.chat import Message, encode_chat
+from ternlm.data.errors import DataError
+from ternlm.data.protocols import ChatProtocol, protocol_for
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.infer.generate import generate
 from ternlm.infer.sampling import SamplingParams
@@ -62,29 +64,29 @@ def start_chat(
 ) -> Chat:
     """Begin a conversation with an opened model, whose weights are in `model`.
 
-    protocol: a name of `PROTOCOLS`; the model's own if not given. params: the ids that end an answer are added.
+    protocol: a name of `PROTOCOLS` or a template's file; the model's own if not given.
+    params: the ids that end an answer are added.
     Raises ConfigError where the model has no tokenizer or no protocol.
     """
-    tokenizer, own = opened.tokenizer, opened.facts.get("chat_template")
+    tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{opened.path}: has no tokenizer, without which nobody can chat; put a tokenizer.json there")
-    chosen = PROTOCOLS[protocol] if protocol else None
-    if chosen is None and not own:
-        chosen = _fitting(tokenizer)
-    if chosen is None and not own:
-        raise ConfigError(
-            f"{opened.path}: doesn't tell how it was trained to chat; choose a protocol, {' or '.join(PROTOCOLS)}, or "
-            "let it continue a text with `tern generate`"
-        )
-    if chosen is not None:
-        tokenizer = chosen.fit(tokenizer)
-        ends = {tokenizer.id_of(token) for token in chosen.stop}
-    else:
-        ends = told_ends(opened.facts)
+    try:
+        chosen = protocol_of(opened, tokenizer, protocol or "auto")
+    except DataError as error:
+        raise ConfigError(f"{opened.path}: {error}, or let it continue a text with `tern generate`") from error
+    tokenizer = chosen.fit(tokenizer)
+    ends = {tokenizer.id_of(token) for token in chosen.stop}
     messages = [] if system is None else [{"role": "system", "content": system}]
-    template = chosen.template if chosen else str(own)
     params = replace(params, stop_ids=params.stop_ids | ends | stop_ids(tokenizer))
-    return Chat(model, tokenizer, template, params, list[Message](messages))
+    return Chat(model, tokenizer, chosen.template, params, list[Message](messages))
+
+
+def protocol_of(opened: OpenModel, tokenizer: Tokenizer, chat: str = "auto") -> ChatProtocol:
+    """Find how one chats with an opened model, as `protocol_for` does; its own template ends answers as it tells."""
+    own = opened.facts.get("chat_template")
+    told = (end for end in told_ends(opened.facts) if 0 <= end < tokenizer.vocab_size)
+    return protocol_for(chat, tokenizer, own and str(own), {tokenizer.token_of(end) for end in told})
 
 
 def answer_texts(
@@ -107,8 +109,3 @@ def told_ends(facts: Mapping[str, Any]) -> set[int]:
     """Return the ids that end an answer, as the model's generation settings tell them."""
     told = facts.get("generation", {}).get("eos_token_id")
     return set(told) if isinstance(told, list) else set() if told is None else {int(told)}
-
-
-def _fitting(tokenizer: Tokenizer) -> ChatProtocol | None:
-    """Return the protocol whose end token the tokenizer has."""
-    return next((p for p in PROTOCOLS.values() if p.stop[0] in tokenizer.markup_in(p.stop[0])), None)

@@ -13,9 +13,9 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from ternlm.cli.calibrate import calibrate
-from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign
+from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign, merge_adapter
 from ternlm.cli.data import data
-from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Seed, Temperature, TopK, TopP
+from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Resume, Seed, Temperature, TopK, TopP
 from ternlm.cli.plan import plan
 
 app = typer.Typer(
@@ -112,10 +112,7 @@ def quickstart(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    resume: Annotated[
-        str,
-        typer.Option(help="auto: from the run's newest complete checkpoint, if any; never; or a checkpoint's path."),
-    ] = "auto",
+    resume: Resume = "auto",
 ) -> None:
     """Pretrain a model as RECIPE says."""
     from ternlm.config import load_config
@@ -130,6 +127,17 @@ def train(
     from ternlm.train.pretrain import pretrain
 
     pretrain(settings, resume, continue_texts)
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None, resume: Resume = "auto") -> None:
+    """Fine-tune a model on conversations as RECIPE says: whole, or by adapters."""
+    from ternlm.config import load_sft_config
+
+    settings = load_sft_config(recipe, overrides or [])
+    from ternlm.post.sft import fine_tune
+
+    fine_tune(settings, resume)
 
 
 @app.command()
@@ -253,6 +261,7 @@ def list_configs() -> None:
 
 app.command("plan")(plan)
 app.command("export")(export_model)
+app.command("merge")(merge_adapter)
 app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
 app.command("calibrate")(calibrate)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ternlm.cli.options import Model
+from ternlm.cli.options import Base, Model
 
 
 def import_ancestors_config(
@@ -28,8 +28,11 @@ def import_ancestors_config(
 def export_model(
     model: Model,
     to: Annotated[
-        Literal["hf", "gguf"],
-        typer.Option(help="hf: a folder for transformers, vLLM, LMDeploy, ModelScope; gguf: a file for llama.cpp."),
+        Literal["hf", "gguf", "peft"],
+        typer.Option(
+            help="hf: a folder for transformers, vLLM, LMDeploy, ModelScope; gguf: a file for llama.cpp; peft: the "
+            "adapter of a run that trained one, alone."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder or file to write; it mustn't exist.")],
     dtype: Annotated[
@@ -51,14 +54,38 @@ def export_model(
     from ternlm.convert.export_hf import export_hf
     from ternlm.convert.gguf_write import export_gguf
     from ternlm.data.chat import PROTOCOLS
-    from ternlm.train.models import open_model
+    from ternlm.train.models import open_adapter, open_model
 
+    if to == "peft":
+        from ternlm.convert.peft import write_adapter
+
+        write_adapter(open_adapter(model), out)
+        typer.echo(f"{out}: an adapter")
+        return
     opened, protocol = open_model(model), PROTOCOLS[chat] if chat else None
     if to == "hf":
         export_hf(opened, out, dtype, rope, max_length, int(shard_gb * 10**9), protocol)
     else:
         export_gguf(opened, out, dtype, rope, max_length, protocol)
     typer.echo(f"{out}: a {to} model")
+
+
+def merge_adapter(
+    adapter: Annotated[str, typer.Argument(help="A run or checkpoint of adapters, or a folder of PEFT's.")],
+    out: Annotated[Path, typer.Option(help="Hugging Face folder to write; it mustn't exist.")],
+    base: Base = None,
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights; keep: those of the model that the adapters belong to."),
+    ] = "keep",
+) -> None:
+    """Put adapters into the model that they belong to."""
+    from ternlm.convert.export_hf import export_hf
+    from ternlm.train.models import open_adapter, open_model
+
+    open_adapter(adapter)  # refuses what has none
+    export_hf(open_model(adapter, base), out, dtype)
+    typer.echo(f"{out}: a model with its adapters put in")
 
 
 def import_foreign(

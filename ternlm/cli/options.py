@@ -6,6 +6,10 @@ import typer
 
 Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of one in the folder recipes.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, as section.field=value.")]
+Resume = Annotated[
+    str, typer.Option(help="auto: from the run's newest complete checkpoint, if any; never; or a checkpoint's path.")
+]
+Base = Annotated[str | None, typer.Option(help="Model that adapters belong to.", show_default="the one that they name")]
 Model = Annotated[
     str, typer.Argument(help="A run's folder, a checkpoint, a Hugging Face folder, a GGUF file, or smollm2.")
 ]

@@ -75,7 +75,7 @@ class Config(Section):
         nf4 = self.adapter is not None and self.adapter.base == "nf4"
         if nf4 and self.parallel.tensor > 1:
             raise ValueError(
-                f"adapter.base = 'nf4' needs whole matrices, and parallel.tensor = {self.parallel.tensor} cuts them; set "
-                "adapter.base to 'auto', or parallel.tensor to 1"
+                f"adapter.base = 'nf4' needs whole matrices, and parallel.tensor = {self.parallel.tensor} cuts them; "
+                "set adapter.base to 'auto', or parallel.tensor to 1"
             )
         return self

@@ -89,7 +89,8 @@ def open_sft(settings: SftConfig, first: bool = True, console: Console | None = 
         found = []
         for source in sources:
             folder = _prepare(source, settings, tokenizer, protocol, first, console)
-            found.append({"name": source.name, "path": str(folder), "weight": source.weight})
+            weight = {} if source.weight is None else {"weight": source.weight}
+            found.append({"name": source.name, "path": str(folder), **weight})
         return found
 
     training, held_out = prepared(settings.data.all_sources()), prepared(settings.data.validation)
@@ -116,9 +117,7 @@ def _resolve(
         given
         | {
             "model": config_to_dict(base.config),
-            "data": {name: data[name] for name in kept if name in data}
-            | {"sources": [_without_none(source) for source in training]}
-            | {"validation": [_without_none(source) for source in held_out]},
+            "data": {name: data[name] for name in kept if name in data} | {"sources": training, "validation": held_out},
             "train": {"steps": 1} | train,
             "optimizer": given["optimizer"] | {"lr": settings.learning_rate()},
         }
@@ -154,9 +153,7 @@ def _prepare(
         return folder
     if (folder / MANIFEST).is_file():
         return folder
-    prepare(
-        [path], tokenizer, folder, on_error=settings.data.on_error, conversations=options, console=console
-    )
+    prepare([path], tokenizer, folder, on_error=settings.data.on_error, conversations=options, console=console)
     return folder
 
 

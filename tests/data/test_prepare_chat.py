@@ -160,6 +160,16 @@ def test_a_file_of_no_format_says_what_it_has(tokenizer: Tokenizer, tmp_path: Pa
     assert (done.documents, list(done.skipped)) == (1, ["other format"])
 
 
+def test_every_part_of_a_file_has_the_format_of_its_beginning(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = {"instruction": "how", "output": "no"}
+    file = write(tmp_path / "a.jsonl", [*([pair(1)] * 100), *([other] * 100)])
+    given = {"workers": 1, "unit_bytes": 1000, "on_error": "skip", "conversations": options()}
+    done = prepare([file], tokenizer, tmp_path / "out", **given)
+    assert done.shards > 3
+    assert (done.documents, done.skipped["other format"]["count"]) == (100, 100)
+    assert done.skipped["other format"]["first"].startswith("a.jsonl:101: ")
+
+
 def test_the_format_asked_for_is_taken(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", "text": "all of it"}])
     prepare([file], tokenizer, tmp_path / "text", conversations=options(format="text"))
@@ -217,6 +227,10 @@ def test_inspect_tells_lengths_what_is_trained_and_what_a_sequence_cuts(tokenize
     assert "[[" not in shown(inspect, tmp_path / "out", documents=1)
     whole = shown(inspect, tmp_path / "out", documents=0, seq_len=lengths[-1])
     assert "0 samples, 0.0%; 0 trained tokens lost, 0.0%" in whole
+    # Behind <|im_end|>, the last that is trained, stands a newline.
+    for less, lost in ((1, 0), (2, 2), (3, 4)):
+        text = shown(inspect, tmp_path / "out", documents=0, seq_len=lengths[-1] - less)
+        assert f"2 samples, 20.0%; {lost} trained tokens lost" in text
 
 
 def test_inspect_shows_conversations_that_nobody_prepared(tokenizer: Tokenizer, tmp_path: Path) -> None:

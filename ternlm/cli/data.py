@@ -126,9 +126,7 @@ def inspect_data(
     chat: Chat = None,
     conversations: Conversations = "auto",
     system: System = None,
-    records: Annotated[
-        int, typer.Option(help="Of conversations, look at the first so many of each file.", min=1)
-    ] = 2000,
+    records: Annotated[int, typer.Option(help="Conversations of each file to look at.", min=1)] = 2000,
 ) -> None:
     """Show counts, shards and decoded documents; or what conversations become, before they are prepared."""
     from ternlm.data.inspect import inspect

@@ -88,7 +88,9 @@ def _checked(number: int, message: Message) -> Message:
 
 def _with_arguments(number: int, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a call of a tool with its arguments as an object, which OpenAI's interface writes as JSON."""
-    function = call.get("function", call)
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise DataError(f"message {number} calls a tool by {call!r}; a call is an object with a function's name")
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return call

@@ -24,6 +24,7 @@ from ternlm.data.tokenizer import Tokenizer, load_tokenizer
 
 _FULL_TABLE = 12  # shards; of more, the first and last few are listed
 _ENDS = 4
+_FIRST = 256  # documents of .bin files that are looked at for tokens without loss
 _BLOCK = 1 << 20  # documents or tokens read at a time when all are checked
 _SPECIAL_STYLE, _NO_LOSS_STYLE = "bold magenta", "dim italic"
 
@@ -110,7 +111,7 @@ def _print_counts(
 def _has_mask(store: ShardSet | InternLMFiles) -> bool:
     if isinstance(store, ShardSet):
         return any(shard.masked for shard in store.shards)
-    return any(store.document(index)[1] is not None for index in range(store.num_documents))
+    return any(store.document(index)[1] is not None for index in range(min(store.num_documents, _FIRST)))
 
 
 def _end_ids(store: ShardSet | InternLMFiles, tokenizer: Tokenizer | None) -> set[int]:

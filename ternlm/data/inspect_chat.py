@@ -126,7 +126,10 @@ def _table(seen: _Seen, records: int) -> Table:
     if not seen.many_turns:
         said = "no conversation has several answers to train on, so each is one sample"
     elif seen.in_one == seen.many_turns:
-        said = f"a prefix of itself over turns: each of {seen.many_turns:,} conversations with several answers is one sample"
+        said = (
+            f"a prefix of itself over turns: each of {seen.many_turns:,} conversations with several answers is one "
+            "sample"
+        )
     else:
         said = (
             f"not always a prefix of itself over turns: {seen.many_turns - seen.in_one:,} of {seen.many_turns:,} "

@@ -5,6 +5,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ def measure(store: TokenStore, ends: Collection[int], seq_len: int | None = None
 
 def _measure(
     store: TokenStore, first: int, last: int, ends: Collection[int], seq_len: int | None
-) -> tuple[NDArray[np.int64], ...]:
+) -> tuple[NDArray[Any], ...]:
     bounds = store.ends(max(first - 1, 0), last)
     bounds = bounds if first else np.append(0, bounds)
     ids, mask = store.read(int(bounds[0]), int(bounds[-1]))
@@ -65,12 +66,9 @@ def describe(measures: Measures, seq_len: int | None = None) -> list[tuple[str, 
     rows = [("trained", f"{trained:,} tokens, {trained / max(total, 1):.1%} of all")]
     if len(lengths):
         median, most, nearly = (int(np.percentile(lengths, share, method="higher")) for share in (50, 90, 99))
-        rows.append(
-            (
-                "lengths",
-                f"median {median:,}, 90 % up to {most:,}, 99 % up to {nearly:,}, longest {int(lengths.max()):,}",
-            )
-        )
+        longest = int(lengths.max())
+        told = f"median {median:,}, 90 % up to {most:,}, 99 % up to {nearly:,}, longest {longest:,}"
+        rows.append(("lengths", told))
     rows.append(("ends", f"{measures.ended.sum() / count:.1%} of the samples have an end token as their last trained"))
     untrained = int((measures.trained == 0).sum())
     if untrained:

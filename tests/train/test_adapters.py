@@ -156,7 +156,7 @@ def test_an_adapter_of_pefts_is_read_and_trained_further(adapted_config, base, t
         torch.testing.assert_close(logits(run.model, TOKENS), theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
     with pytest.raises(CheckpointError, match=r"is of q_proj, down_proj, and adapter.targets has .*v_proj"):
         set_up(adapted_config("other", adapter={"from": str(tmp_path / "peft"), "kind": kind}))
-    with pytest.raises(CheckpointError, match="its rank is 3, and adapter.rank is 4; set it to 3"):
+    with pytest.raises(CheckpointError, match=r"its rank is 3, and adapter.rank is 4; set it to 3"):
         set_up(adapted_config("other", adapter=targets | {"rank": 4}))
 
 

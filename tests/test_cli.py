@@ -188,9 +188,12 @@ def test_data_inspect_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
     inspect = Spy(monkeypatch, "ternlm.data.inspect", "inspect")
     assert tern(monkeypatch, "data", "inspect", "d", "--documents", "1", "--chars", "9", "--tokenizer", "t") == 0
     assert tern(monkeypatch, "data", "inspect", "d", "--verify") == 0
+    assert tern(monkeypatch, "data", "inspect", "d", "--plain", "--seq-len", "9") == 0
+    usual = {"documents": 3, "chars": 600, "tokenizer": None, "verify": False, "seq_len": None, "plain": False}
     assert inspect.calls == [
-        ((Path("d"),), {"documents": 1, "chars": 9, "tokenizer": Path("t"), "verify": False}),
-        ((Path("d"),), {"documents": 3, "chars": 600, "tokenizer": None, "verify": True}),
+        ((Path("d"),), usual | {"documents": 1, "chars": 9, "tokenizer": Path("t")}),
+        ((Path("d"),), usual | {"verify": True}),
+        ((Path("d"),), usual | {"seq_len": 9, "plain": True}),
     ]
 
 

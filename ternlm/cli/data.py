@@ -152,16 +152,16 @@ def inspect_data(
 
 
 def _conversations(tokenizer: Path, chat: str | None, format: Any, system: str | None) -> Any:
-    """Load the tokenizer, and find how conversations become tokens with it: (Tokenizer, ConversationOptions)."""
+    """Find how conversations become tokens: (Tokenizer, ConversationOptions); without a protocol (tokenizer, None)."""
     from ternlm.data.protocols import protocol_for, read_template
     from ternlm.data.samples import ConversationOptions
     from ternlm.data.tokenizer import load_tokenizer
 
-    its = load_tokenizer(tokenizer)
     if chat is None:
         if format != "auto" or system is not None:
             raise typer.BadParameter("name the chat protocol too", param_hint="--chat")
-        return its, None
+        return tokenizer, None
+    its = load_tokenizer(tokenizer)
     protocol = protocol_for(chat, its, read_template(tokenizer))
     options = ConversationOptions(
         format, protocol.template, protocol.stop, protocol.after_end, protocol.document_end, system

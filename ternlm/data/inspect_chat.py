@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,7 @@ from ternlm.data.encode import SkippedRecords
 from ternlm.data.errors import DataError
 from ternlm.data.inspect import inspect
 from ternlm.data.plan import find_inputs
-from ternlm.data.samples import ConversationOptions, Counts, read_samples
+from ternlm.data.samples import ConversationOptions, Counts, add_samples, read_samples
 from ternlm.data.shards import ShardWriter, write_manifest
 from ternlm.data.spans import InputFile, Span
 from ternlm.data.tokenizer import Tokenizer
@@ -58,13 +57,7 @@ def inspect_conversations(
         write_manifest(
             folder,
             [writer.close()],
-            tokenizer={
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "kind": tokenizer.kind,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-            },
+            tokenizer=tokenizer.facts(),
             num_bytes=seen.counts.bytes,
             options={"conversations": options.settings()},
         )
@@ -105,11 +98,7 @@ def _write(
     found, number = "none", 0
     for _, format, conversation, samples in islice(read_samples(Span(file), tokenizer, options, seen.skipped), records):
         found, number = format, number + 1
-        for sample in samples:
-            writer.add(sample.ids, sample.trained)
-        contents: list[Any] = [conversation.text or "", *(message["content"] for message in conversation.messages)]
-        num_bytes = sum(len(text.encode()) for text in contents)
-        seen.counts.add(format, len(samples), sum(int(sample.trained.sum()) for sample in samples), num_bytes)
+        add_samples(writer, seen.counts, format, conversation, samples)
         if sum(bool(message["loss"]) for message in conversation.messages) > 1:
             seen.many_turns += 1
             seen.in_one += len(samples) == 1

@@ -183,18 +183,11 @@ class _Run:
         if not any(report.shard.documents for report in reports.values()):
             raise DataError(f"{self.folder}: the inputs hold no document, so there is nothing to train on")
         _remove_temporary(self.folder, None)
-        kind = self.tokenizer
         try:
             write_manifest(
                 self.folder,
                 [report.shard for report in reports.values()],
-                tokenizer={
-                    "fingerprint": kind.fingerprint,
-                    "vocab_size": kind.vocab_size,
-                    "kind": kind.kind,
-                    "bos_id": kind.bos_id,
-                    "eos_id": kind.eos_id,
-                },
+                tokenizer=self.tokenizer.facts(),
                 num_bytes=sum(report.bytes for report in reports.values()),
                 options=self.settings | self._counted(reports),
             )

@@ -4,7 +4,7 @@ Called by `encode`, in place of its plain documents, where `prepare` was given c
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -116,11 +116,18 @@ def write_samples(
 ) -> None:
     """Write the samples of a span's conversations; hand records without any to `report`."""
     for _, format, conversation, samples in read_samples(span, tokenizer, options, report):
-        for sample in samples:
-            writer.add(sample.ids, sample.trained)
-        texts = [conversation.text or "", *(message["content"] for message in conversation.messages)]
-        num_bytes = sum(len(text.encode()) for text in texts)
-        counts.add(format, len(samples), sum(int(sample.trained.sum()) for sample in samples), num_bytes)
+        add_samples(writer, counts, format, conversation, samples)
+
+
+def add_samples(
+    writer: ShardWriter, counts: Counts, format: FormatName, conversation: Conversation, samples: Sequence[Sample]
+) -> None:
+    """Write the samples of a conversation, and count them."""
+    for sample in samples:
+        writer.add(sample.ids, sample.trained)
+    texts = [conversation.text or "", *(message["content"] for message in conversation.messages)]
+    num_bytes = sum(len(text.encode()) for text in texts)
+    counts.add(format, len(samples), sum(int(sample.trained.sum()) for sample in samples), num_bytes)
 
 
 def read_samples(

@@ -172,6 +172,16 @@ class Tokenizer:
         canonical = json.dumps(relevant, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a manifest tells of the tokenizer that made its tokens."""
+        return {
+            "fingerprint": self.fingerprint,
+            "vocab_size": self.vocab_size,
+            "kind": self.kind,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+        }
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and, if made from one, tokenizer.model into `folder`."""
         folder = Path(folder)

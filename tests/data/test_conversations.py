@@ -1,15 +1,13 @@
 """Records of every format become conversations; and what is said of those that don't."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from chats import SHARED
 
 from ternlm.data.conversations import NoAnswer, OtherFormat, detect_format, read_conversation, unknown_format
 from ternlm.data.errors import DataError
 
-SHARED = Path(os.environ.get("TERNLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 TOOL = {"name": "weather", "description": "d", "parameters": {}}
 WRAPPED = {"type": "function", "function": TOOL}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

@@ -2,13 +2,13 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chats import tokenizer_for
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -24,7 +24,6 @@ from ternlm.data.shards import ShardSet
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from ternlm.data.turns import encode_turns
 
-SHARED = Path(os.environ.get("TERNLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<eoh>", "<eoa>")
 TEXT = "hello there, how do you do? user assistant system yes and no 0 1 2 3 4 5 6 7 8 9"
 
@@ -111,9 +110,7 @@ def test_internlms_samples_are_trained_behind_their_end(tokenizer: Tokenizer, tm
 
 
 def test_a_fitted_tokenizer_is_kept_with_its_tokens(tmp_path: Path) -> None:
-    if not (SHARED / "internlm2_tokenizer.model").is_file():
-        pytest.skip("internlm2_tokenizer.model isn't there")
-    its = INTERNLM2.fit(load_tokenizer(SHARED / "internlm2_tokenizer.model"))
+    its = tokenizer_for("internlm2")
     prepare([write(tmp_path / "a.jsonl", [pair(1)])], its, tmp_path / "out", conversations=options(INTERNLM2))
     ((ids, _),) = documents(tmp_path / "out")
     assert ids.count(load_tokenizer(tmp_path / "out").id_of("<|im_end|>")) == 2

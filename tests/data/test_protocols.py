@@ -1,16 +1,15 @@
 """Chat protocols byte for byte, with tools; which one is found; and what is refused."""
 
-import os
 from pathlib import Path
 
 import pytest
+from chats import LLAMA_TOKENS, tokenizer_for
 
 from ternlm.data.chat import encode_chat, render
 from ternlm.data.errors import DataError
 from ternlm.data.protocols import CHATML, INTERNLM, INTERNLM2, LLAMA3, PROTOCOLS, protocol_for, read_template
-from ternlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from ternlm.data.tokenizer import Tokenizer, train_bpe
 
-SHARED = Path(os.environ.get("TERNLM_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "description": "天气", "parameters": {"type": "object", "properties": {}}},
@@ -32,15 +31,6 @@ ASKED = [say("user", "雨?"), call("Oslo"), say("tool", '{"rain": 1}'), say("ass
 
 def made(*tokens: str) -> Tokenizer:
     return train_bpe(iter(["hello there, how do you do?"] * 30), 256 + len(tokens) + 10, tokens)
-
-
-LLAMA_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
 
 
 def test_chatml_byte_for_byte() -> None:
@@ -192,9 +182,7 @@ def test_a_tokenizer_without_the_tokens_is_refused() -> None:
 
 
 def test_internlm2s_own_tokenizer_has_room_for_the_tools() -> None:
-    if not (SHARED / "internlm2_tokenizer.model").is_file():
-        pytest.skip("internlm2_tokenizer.model isn't there")
-    its = INTERNLM2.fit(load_tokenizer(SHARED / "internlm2_tokenizer.model"))
+    its = tokenizer_for("internlm2")
     ids = encode_chat(its, INTERNLM2.template, ASKED[:2], False, [WEATHER])
     named = [its.token_of(index) for index in ids if index in INTERNLM2.names]
     assert named == [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ternlm.config import config_from_dict, load_config, render
+from ternlm.config import Config, load_any_config, load_config, render
 from ternlm.config.layout import resolve_layout
 
 ROOT = Path(__file__).parents[1]
@@ -18,9 +18,9 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_renders_to_itself(recipe: Path) -> None:
-    config = load_config(recipe)
+    config = load_any_config(recipe)
     assert Path(config.out).name == recipe.stem
-    assert config_from_dict(tomllib.loads(render(config))) == config
+    assert type(config).model_validate(tomllib.loads(render(config))) == config
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -56,7 +56,15 @@ def test_the_ancestors_recipes_keep_its_hyper_parameters(name: str, params: int,
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_fits_the_devices_that_it_names(recipe: Path) -> None:
     named = re.search(r"^# Hardware: (\d+) x", recipe.read_text(encoding="utf-8"), re.MULTILINE)
-    resolve_layout(load_config(recipe), int(named[1]) if named else 1)
+    config = load_any_config(recipe)
+    if not isinstance(config, Config):  # of a model that isn't here: one of InternLM-7B's shape
+        given = {
+            name: getattr(config, name) for name in ("load", "adapter", "batch", "compute", "parallel", "sharding")
+        }
+        shape = {"model": {"preset": "internlm-7b"}, "train": {"steps": 1}}
+        sources = {"sources": [{"name": "chats", "path": "chats"}], "packing": config.data.packing}
+        config = Config.model_validate({**given, **shape, "data": sources})
+    resolve_layout(config, int(named[1]) if named else 1)
 
 
 @pytest.mark.slow

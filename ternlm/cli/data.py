@@ -123,6 +123,9 @@ def inspect_data(
     verify: Annotated[bool, typer.Option("--verify", help="Read everything; check checksums and ids.")] = False,
     seq_len: Annotated[int | None, typer.Option(help="Tell what sequences of so many tokens cut off.", min=1)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Put [[ ]] around what is trained.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer and chat protocol conversations are for.")
+    ] = None,
     chat: Chat = None,
     conversations: Conversations = "auto",
     system: System = None,
@@ -132,7 +135,9 @@ def inspect_data(
     from ternlm.data.inspect import inspect
     from ternlm.data.inspect_chat import inspect_conversations
 
-    if chat is None:
+    if model is not None:
+        its, options = _for_model(model, chat or "auto", conversations, system)
+    elif chat is None:
         inspect(
             path,
             documents=documents,
@@ -143,9 +148,10 @@ def inspect_data(
             plain=plain,
         )
         return
-    if tokenizer is None:
-        raise typer.BadParameter("conversations need one", param_hint="--tokenizer")
-    its, options = _conversations(tokenizer, chat, conversations, system)
+    elif tokenizer is None:
+        raise typer.BadParameter("conversations need one, or --model", param_hint="--tokenizer")
+    else:
+        its, options = _conversations(tokenizer, chat, conversations, system)
     inspect_conversations(
         path, its, options, documents=documents, chars=chars, records=records, seq_len=seq_len, plain=plain
     )
@@ -154,7 +160,7 @@ def inspect_data(
 def _conversations(tokenizer: Path, chat: str | None, format: Any, system: str | None) -> Any:
     """Find how conversations become tokens: (Tokenizer, ConversationOptions); without a protocol (tokenizer, None)."""
     from ternlm.data.protocols import protocol_for, read_template
-    from ternlm.data.samples import ConversationOptions
+    from ternlm.data.samples import options_for
     from ternlm.data.tokenizer import load_tokenizer
 
     if chat is None:
@@ -163,7 +169,18 @@ def _conversations(tokenizer: Path, chat: str | None, format: Any, system: str |
         return tokenizer, None
     its = load_tokenizer(tokenizer)
     protocol = protocol_for(chat, its, read_template(tokenizer))
-    options = ConversationOptions(
-        format, protocol.template, protocol.stop, protocol.after_end, protocol.document_end, system
-    )
-    return protocol.fit(its), options
+    return protocol.fit(its), options_for(protocol, format, system)
+
+
+def _for_model(model: str, chat: str, format: Any, system: str | None) -> Any:
+    """Find how conversations become a model's tokens: (Tokenizer, ConversationOptions)."""
+    from ternlm.config import ConfigError
+    from ternlm.data.samples import options_for
+    from ternlm.infer.chat import protocol_of
+    from ternlm.train.models import open_model
+
+    opened = open_model(model)
+    if opened.tokenizer is None:
+        raise ConfigError(f"{opened.path}: has no tokenizer; name one by --tokenizer, and the protocol by --chat")
+    protocol = protocol_of(opened, opened.tokenizer, chat)
+    return protocol.fit(opened.tokenizer), options_for(protocol, format, system)

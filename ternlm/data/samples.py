@@ -21,6 +21,7 @@ from ternlm.data.conversations import (
     unknown_format,
 )
 from ternlm.data.errors import DataError
+from ternlm.data.protocols import ChatProtocol
 from ternlm.data.records import Place, read_records
 from ternlm.data.shards import ShardWriter
 from ternlm.data.spans import BadRecord, Report, Span
@@ -55,6 +56,12 @@ class ConversationOptions:
             "document_end": self.document_end,
             "system": self.system,
         }
+
+
+def options_for(protocol: ChatProtocol, format: FormatName, system: str | None = None) -> ConversationOptions:
+    """Return how conversations are encoded by a protocol."""
+    ends = protocol.after_end, protocol.document_end
+    return ConversationOptions(format, protocol.template, protocol.stop, *ends, system)
 
 
 @dataclass

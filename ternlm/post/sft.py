@@ -22,12 +22,12 @@ from ternlm.config.section import ConfigError
 from ternlm.config.sft import ConversationSource
 from ternlm.convert.weights import OpenModel
 from ternlm.data.prepare import prepare
-from ternlm.data.protocols import ChatProtocol, protocol_for
-from ternlm.data.samples import ConversationOptions
+from ternlm.data.protocols import ChatProtocol
+from ternlm.data.samples import options_for
 from ternlm.data.shards import MANIFEST
 from ternlm.data.source import Source, open_source
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
-from ternlm.infer.chat import answer_texts, told_ends
+from ternlm.infer.chat import answer_texts, protocol_of
 from ternlm.infer.sampling import SamplingParams
 from ternlm.infer.text import stop_ids
 from ternlm.model.decoder import CausalLM
@@ -76,8 +76,7 @@ def open_sft(settings: SftConfig, first: bool = True, console: Console | None = 
     tokenizer = load_tokenizer(settings.data.tokenizer) if settings.data.tokenizer else base.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{base.path}: has no tokenizer; name the model's own by data.tokenizer")
-    ends = {tokenizer.token_of(index) for index in told_ends(base.facts)}
-    protocol = protocol_for(settings.data.chat, tokenizer, base.facts.get("chat_template"), ends)
+    protocol = protocol_of(base, tokenizer, settings.data.chat)
     tokenizer = protocol.fit(tokenizer)
     if tokenizer.vocab_size > base.config.vocab_size:
         raise ConfigError(
@@ -133,14 +132,7 @@ def _prepare(
     console: Console | None,
 ) -> Path:
     """Make a source's conversations shards in the run's folder; return where they are, complete."""
-    options = ConversationOptions(
-        format=source.format,
-        template=protocol.template,
-        stop=protocol.stop,
-        after_end=protocol.after_end,
-        document_end=protocol.document_end,
-        system=settings.data.system,
-    )
+    options = options_for(protocol, source.format, settings.data.system)
     path = Path(source.path)
     if not path.exists():
         raise ConfigError(f"data: no file or folder {source.path}; is the path right, seen from the current folder?")

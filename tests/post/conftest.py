@@ -21,10 +21,8 @@ QUESTIONS = [
     ("法国的首都是哪里？", "是巴黎。"),
     ("Add 3 and 4.", "3 + 4 = 7.\n#### 7"),
     ("Name three colours, each on a line of its own, and say why you like each of them.", "red\ngreen\nblue\n" * 4),
-    (
-        "Write a haiku about snow.",
-        "Snow falls, the field sleeps;\na crow writes one line of ink\nand then takes it back.",
-    ),
+    ("Write a haiku about snow.", "Snow falls, the field sleeps;\na crow writes a line of ink\nand takes it back."),
+    ("What is 12 times 12?", "144"),
     ("Hi", "Hello! How can I help you today?"),
     ("Is 17 a prime?", "Yes: no whole number from 2 to 4 divides it."),
     ("def f(x):", "    return x + 1"),

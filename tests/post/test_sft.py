@@ -104,7 +104,8 @@ def test_steps_follow_from_epochs(make_settings):
 
 @pytest.mark.parametrize(("adapter", "lr"), [(None, 1e-5), ({}, 2e-4)])
 def test_defaults_are_those_of_what_is_trained(base, make_settings, adapter, lr):
-    given = {"load": {"from": str(base)}, "data": {"path": make_settings().data.path}, "out": make_settings().out}
+    data = {"path": make_settings().data.path, "seq_len": 128}
+    given = {"load": {"from": str(base)}, "data": data, "out": make_settings().out}
     config = open_sft(SftConfig.model_validate(given | ({"adapter": adapter} if adapter is not None else {}))).config
     assert config.optimizer.lr == lr
     assert config.optimizer.weight_decay == 0
@@ -126,8 +127,8 @@ def test_a_run_is_resumed_with_its_data_as_they_are(make_settings, caplog):
 
 def test_the_trained_model_chats_by_the_template_that_it_learnt(make_settings):
     settings = make_settings(
-        train={"steps": 60}, data={"chat": "chatml"}, adapter={"rank": 16}, optimizer={"lr": 3e-2},
-        sample={"every_steps": 60, "prompts": ["Hi"], "temperature": 0.0},
+        train={"steps": 80}, data={"chat": "chatml"}, adapter={"rank": 32}, optimizer={"lr": 1e-2},
+        sample={"every_steps": 80, "prompts": ["Hi"], "temperature": 0.0},
     )  # fmt: skip
     run = fine_tune(settings)
     opened = open_model(run.folder)
@@ -137,8 +138,8 @@ def test_the_trained_model_chats_by_the_template_that_it_learnt(make_settings):
     assert opened.facts["generation"]["eos_token_id"] == [opened.tokenizer.id_of("<|im_end|>")]
     chat = start_chat(opened, run.model, SamplingParams(max_new_tokens=30, temperature=0.0))
     assert chat.ask("Hi", lambda piece: None) == "Hello! How can I help you today?"
-    lines = [json.loads(line) for line in (run.folder / "samples.jsonl").read_text("utf-8").splitlines()]
-    assert lines[-1]["text"] == "Hello! How can I help you today?"
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["text"] for line in lines if "text" in line] == ["Hello! How can I help you today?"]
 
 
 def test_training_ends_when_the_held_out_loss_no_longer_falls(make_settings):

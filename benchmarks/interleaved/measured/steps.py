@@ -26,6 +26,7 @@ class Steps:
         self.warmup = warmup
         self.total = warmup + timed
         self.ends: list[float] = []
+        self.cpu_ends: list[float] = []
         self.first_step_end_seconds = 0.0
         self.peak_rss_bytes = 0
 
@@ -35,6 +36,7 @@ class Steps:
             if not self.ends:
                 self.first_step_end_seconds = _process_age_seconds()
             self.ends.append(time.perf_counter())
+            self.cpu_ends.append(time.process_time())
             self.peak_rss_bytes = _peak_rss_bytes()
 
     def report(self, *, tokens: list[int], losses: list[float], packages: list[str], said: dict[str, Any]) -> None:
@@ -49,13 +51,14 @@ class Steps:
                 raise RuntimeError(f"{self.config}: {count} {name} for {self.total} steps")
         if not all(math.isfinite(loss) for loss in losses):
             raise RuntimeError(f"{self.config}: a loss is not finite: {losses}")
-        timed = self.ends[self.warmup - 1 :]
-        seconds = [end - start for start, end in pairwise(timed)]
+        seconds = [end - start for start, end in pairwise(self.ends[self.warmup - 1 :])]
+        cpu_seconds = [end - start for start, end in pairwise(self.cpu_ends[self.warmup - 1 :])]
         rates = sorted(n / s for n, s in zip(tokens[self.warmup :], seconds, strict=True))
         result = {
             "name": self.config,
             "tokens_per_s": _median(rates),
             "step_seconds": seconds,
+            "step_cpu_seconds": cpu_seconds,
             "step_tokens": tokens[self.warmup :],
             "first_step_end_seconds": self.first_step_end_seconds,
             "peak_rss_bytes": self.peak_rss_bytes,

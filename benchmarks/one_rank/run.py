@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "train_cpu"))
+sys.path.insert(0, str(HERE.parent))
 
-from report import describe_hardware  # noqa: E402
+from interleaved.figures import describe_hardware  # noqa: E402
 
 from ternlm.config import config_from_dict  # noqa: E402
 from ternlm.data.batch import Batch  # noqa: E402

@@ -33,7 +33,7 @@ CALM = 0.02
 WARM_UP = 3
 PROFILED = 3
 """Steps of each run whose parts are measured."""
-sys.path.insert(0, str(HERE.parent / "train_cpu"))
+sys.path.insert(0, str(HERE.parent))
 
 
 class Machine:
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="after which it makes do with what it has")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json")
     options = parser.parse_args()
-    from report import describe_hardware  # train_cpu's
+    from interleaved.figures import describe_hardware
 
     threads, until = len(os.sched_getaffinity(0)), time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="ternlm-plan-") as folder:

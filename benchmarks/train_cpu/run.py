@@ -8,11 +8,8 @@ Linux.
 """
 
 import argparse
-import json
 import logging
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,11 +17,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from data import write_documents
-from environments import prepare_environment
-from report import describe_hardware, write_report
-from workloads import CONFIGURATIONS, PREFIX, SGEMM, WORKLOADS, Job, Workload, resize
+from report import format_report
+from workloads import CONFIGURATIONS, SGEMM, WORKLOADS, Job, Workload, resize
 
-REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from interleaved.environments import prepare_environment
+from interleaved.figures import describe_hardware, write_result
+from interleaved.processes import REPO, describe_commit, environment_of, order_of_round, run_process
+
 PEERS = Path(__file__).resolve().parent / "peers"
 log = logging.getLogger("train_cpu")
 
@@ -55,10 +55,10 @@ def measure(workload: Workload, pythons: dict[str, Path], folder: Path, args: ar
     for index in range(args.rounds):
         entry: dict = {}
         result["rounds"].append(entry)
-        for config in order_of_round(workload.configs, index):
+        for config in (SGEMM, *order_of_round(workload.configs, index)):
             job = make_job(workload, config, folder, args)
-            entry[config] = run_process(job, pythons[config], folder, args.timeout)
-            write_report(result, args.out)
+            entry[config] = run_job(job, pythons[config], folder, args.timeout)
+            write_result(result, format_report(result), args.out)
     return result
 
 
@@ -118,20 +118,14 @@ def chosen_pythons(workloads: list[Workload], envs: Path) -> dict[str, Path]:
     return pythons
 
 
-def order_of_round(configs: tuple[str, ...], index: int) -> tuple[str, ...]:
-    """Return the round's order: every second one is reversed, so that no one always runs on the warmer machine."""
-    return (SGEMM, *(reversed(configs) if index % 2 else configs))
-
-
 def describe(workload: Workload, lengths: list[int], args: argparse.Namespace) -> dict:
     """Return what a result says before any of its rounds."""
-    commit = subprocess.run(["git", "-C", str(REPO), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "benchmark": "train_cpu",
         "workload": workload.name,
         "title": workload.title,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": describe_commit(),
         "hardware": describe_hardware(args.threads),
         "settings": {"rounds": args.rounds, "warmup": args.warmup, "steps": args.steps},
         "shape": vars(workload.shape),
@@ -163,57 +157,15 @@ def make_job(workload: Workload, config: str, folder: Path, args: argparse.Names
     )
 
 
-def run_process(job: Job, python: Path, folder: Path, timeout: float) -> dict:
+def run_job(job: Job, python: Path, folder: Path, timeout: float) -> dict:
     """Run one configuration in a process of its own and return its result, or {"error": what it said last}."""
-    scratch = Path(job.scratch)
-    scratch.mkdir()
+    configuration = CONFIGURATIONS[job.config]
     job.save(folder / "job.json")
-    command = [str(python), str(PEERS / CONFIGURATIONS[job.config].script), str(folder / "job.json")]
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            env=environment_of(job, folder),
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        said, output, failed = done.stderr, done.stdout, done.returncode != 0
-    except subprocess.TimeoutExpired:
-        said, output, failed = f"ended after {timeout:g} seconds", "", True
-    finally:
-        shutil.rmtree(scratch)
-    found = [line for line in output.splitlines() if line.startswith(PREFIX)]
-    if failed or len(found) != 1:
-        log.error("%s failed:\n%s", job.config, said[-4000:])
-        last = (said.strip().splitlines() or ["no result was printed"])[-1]
-        return {"name": job.config, "error": last}
-    result = json.loads(found[0].removeprefix(PREFIX))
-    speed = result.get("tokens_per_s") or result["flops_per_s"] / 1e9
-    unit = "tokens/s" if "tokens_per_s" in result else "GFLOP/s"
-    log.info("%-14s %8.1f %s (process: %.0f s)", job.config, speed, unit, time.monotonic() - start)
-    return result
-
-
-def environment_of(job: Job, folder: Path) -> dict[str, str]:
-    """Return the process's environment variables: threads, no GPU, no network, caches of its own."""
-    threads = str(job.threads)
-    given = {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / job.config),
-    }
-    if CONFIGURATIONS[job.config].environment is None:
-        given["PYTHONPATH"] = str(REPO)
+    command = [str(python), str(PEERS / configuration.script), str(folder / "job.json")]
+    environment = environment_of(job.config, job.threads, folder, with_ternlm=configuration.environment is None)
     if job.config == "litgpt-eager":
-        given["TORCHDYNAMO_DISABLE"] = "1"
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**inherited, **given}
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    return run_process(job.config, command, environment, Path(job.scratch), timeout)
 
 
 if __name__ == "__main__":

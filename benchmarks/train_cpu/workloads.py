@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# The peers' processes run with that folder alone on their path, so what they share with this side lies there.
+# The peers' processes run with these folders alone on their path, so what they share with this side lies there.
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from record import PREFIX, Job, Shape
+sys.path.insert(0, str(Path(__file__).parents[1] / "interleaved" / "measured"))
+from record import Job, Shape
 
 __all__ = [
     "CONFIGURATIONS",
-    "PREFIX",
     "SGEMM",
     "WORKLOADS",
     "Aim",

@@ -14,7 +14,7 @@ from ternlm.config.model import ModelConfig
 from ternlm.planner.flops import training_flops_per_token
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "train_cpu"
-MODULES = ("workloads", "data", "report", "environments", "run", "record")
+MODULES = ("workloads", "data", "report", "run", "record", "steps")
 TINY = (
     "--rounds 1 --warmup 1 --steps 2 --threads 1 --seq-len 64 --vocab-size 512 --hidden-size 32 --num-layers 1 "
     "--num-heads 2 --intermediate-size 48 --mean-document 20 --peers ternlm-eager"
@@ -80,8 +80,8 @@ def test_short_documents_have_the_mean_that_the_workload_names(bench: SimpleName
 
 
 def test_every_second_round_is_reversed(bench: SimpleNamespace) -> None:
-    assert bench.run.order_of_round(("a", "b", "c"), 0) == ("sgemm", "a", "b", "c")
-    assert bench.run.order_of_round(("a", "b", "c"), 1) == ("sgemm", "c", "b", "a")
+    assert bench.run.order_of_round(("a", "b", "c"), 0) == ("a", "b", "c")
+    assert bench.run.order_of_round(("a", "b", "c"), 1) == ("c", "b", "a")
 
 
 def test_ratios_are_paired_by_round(bench: SimpleNamespace) -> None:

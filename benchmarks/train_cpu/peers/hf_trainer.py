@@ -5,20 +5,11 @@ Compiled, transformers gives attention a dense mask, which is slow, unless the m
 """
 
 import numpy as np
-from record import Job, Steps, load_job
+from hf_steps import train, training_arguments
+from record import Job, load_job
 from torch import from_numpy
 from torch.utils.data import Dataset
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 
 class Rows(Dataset):
@@ -34,18 +25,6 @@ class Rows(Dataset):
     def __getitem__(self, index: int) -> dict:
         row = from_numpy(self.rows[index].astype(np.int64))
         return {"input_ids": row, "labels": row}
-
-
-class MarkSteps(TrainerCallback):
-    """Mark the end of each step."""
-
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: object
-    ) -> None:
-        self.steps.mark()
 
 
 def build_llama(job: Job) -> LlamaForCausalLM:
@@ -71,55 +50,19 @@ def build_llama(job: Job) -> LlamaForCausalLM:
     )
 
 
-def training_arguments(job: Job, compiled: bool) -> dict:
-    """Return the arguments that Trainer and SFTTrainer share: fused AdamW, constant rate, clipping, nothing else."""
-    return {
-        "output_dir": job.scratch,
-        "max_steps": job.total_steps,
-        "per_device_train_batch_size": job.batch,
-        "optim": "adamw_torch_fused",
-        "learning_rate": job.lr,
-        "lr_scheduler_type": "constant",
-        "adam_beta1": job.betas[0],
-        "adam_beta2": job.betas[1],
-        "weight_decay": job.weight_decay,
-        "max_grad_norm": job.clip_norm,
-        "torch_compile": compiled,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        # Each step's loss is kept in memory only; on a CPU reading it costs nothing.
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": job.seed,
-    }
-
-
-def train(trainer: Trainer, steps: Steps) -> list[float]:
-    """Run the trainer's own loop and return each step's loss."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(MarkSteps(steps))
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def main() -> None:
     job = load_job()
-    steps = Steps(job)
+    steps = job.make_steps()
     model = build_llama(job)
     compiled = job.variant.startswith("compile")
-    arguments = training_arguments(job, compiled) | {"use_cache": job.variant == "compile"}
+    arguments = training_arguments(job, job.batch, compiled) | {"use_cache": job.variant == "compile"}
     trainer = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=Rows(job))
     losses = train(trainer, steps)
     steps.report(
         tokens=[job.batch * job.seq_len] * job.total_steps,
         losses=losses,
-        num_params=sum(p.numel() for p in model.parameters()),
-        boundaries="one document a row",
         packages=["torch", "transformers", "accelerate"],
+        said={"num_params": sum(p.numel() for p in model.parameters()), "boundaries": "one document a row"},
     )
 
 

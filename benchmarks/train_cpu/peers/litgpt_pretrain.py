@@ -15,7 +15,8 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.pretrain import setup
-from record import Job, Steps, load_job
+from record import Job, load_job
+from steps import Steps
 from torch.utils.data import DataLoader
 
 
@@ -102,7 +103,7 @@ def read_losses(logs: Path) -> list[float]:
 
 def main() -> None:
     job = load_job()
-    steps = Steps(job)
+    steps = job.make_steps()
     config, out = litgpt_config(job), Path(job.scratch)
     optimizer = {
         "class_path": "litgpt_pretrain.FusedAdamW",
@@ -135,9 +136,8 @@ def main() -> None:
     steps.report(
         tokens=[job.batch * job.seq_len] * job.total_steps,
         losses=read_losses(out / "logs"),
-        num_params=num_params,
-        boundaries="one document a row",
         packages=["torch", "litgpt", "lightning"],
+        said={"num_params": num_params, "boundaries": "one document a row"},
     )
 
 

@@ -1,19 +1,14 @@
-"""What every measured process shares: reading its job, marking the end of each step, printing one JSON line.
+"""What every measured process of this benchmark shares: the model's shape, and its job.
 
-Standard library only, since it is imported in each peer's own environment. Linux only (peak memory is read from /proc).
+Standard library only, since it is imported in each peer's own environment.
 """
 
 import json
-import math
-import os
 import sys
-import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 
-PREFIX = "RESULT "
+from steps import Steps
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,10 @@ class Job:
         """Write the job for the process that is to run it."""
         path.write_text(json.dumps(asdict(self)))
 
+    def make_steps(self) -> Steps:
+        """Return what the ends of the steps are noted in."""
+        return Steps(self.config, self.warmup, self.steps)
+
 
 def load_job() -> Job:
     """Read the job named by the command line and give this process its number of threads."""
@@ -75,74 +74,3 @@ def load_job() -> Job:
 
     torch.set_num_threads(job.threads)
     return job
-
-
-class Steps:
-    """The ends of a process's optimizer steps, with its peak memory so far.
-
-    A step lasts from the end of the one before to its own end, so that reading its batch counts.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.ends: list[float] = []
-        self.first_step_end_seconds = 0.0
-        self.peak_rss_bytes = 0
-
-    def mark(self) -> None:
-        """Note that a step has ended; marks after the last timed step are ignored."""
-        if len(self.ends) < self.job.total_steps:
-            if not self.ends:
-                self.first_step_end_seconds = _process_age_seconds()
-            self.ends.append(time.perf_counter())
-            self.peak_rss_bytes = _peak_rss_bytes()
-
-    def report(
-        self, *, tokens: list[int], losses: list[float], num_params: int, boundaries: str, packages: list[str]
-    ) -> None:
-        """Print the process's result.
-
-        tokens: real tokens (no padding) of every step; losses: of every step, in nats;
-        boundaries: how documents that share a row are treated.
-        """
-        job = self.job
-        counts = {"marks": len(self.ends), "token counts": len(tokens), "losses": len(losses)}
-        for name, count in counts.items():
-            if count != job.total_steps:
-                raise RuntimeError(f"{job.config}: {count} {name} for {job.total_steps} steps")
-        if not all(math.isfinite(loss) for loss in losses):
-            raise RuntimeError(f"{job.config}: a loss is not finite: {losses}")
-        timed = self.ends[job.warmup - 1 :]
-        seconds = [end - start for start, end in pairwise(timed)]
-        rates = sorted(n / s for n, s in zip(tokens[job.warmup :], seconds, strict=True))
-        result = {
-            "name": job.config,
-            "tokens_per_s": _median(rates),
-            "step_seconds": seconds,
-            "step_tokens": tokens[job.warmup :],
-            "first_step_end_seconds": self.first_step_end_seconds,
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "losses": losses,
-            "num_params": num_params,
-            "boundaries": boundaries,
-            "versions": {name: version(name) for name in packages},
-        }
-        print(PREFIX + json.dumps(result), flush=True)
-
-
-def _median(ordered: list[float]) -> float:
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def _process_age_seconds() -> float:
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _peak_rss_bytes() -> int:
-    # Not getrusage: its high-water mark survives exec, so that it may be the parent's.
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; peak memory can't be read on this system")

@@ -5,7 +5,8 @@ import statistics
 import time
 
 import torch
-from record import PREFIX, load_job
+from record import load_job
+from steps import PREFIX
 
 SIZES = (1024, 2048, 4096)
 REPEATS = 7

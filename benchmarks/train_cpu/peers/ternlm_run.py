@@ -1,40 +1,19 @@
 """TernLM by its public path: token shards, settings, `set_up`, `train_loop` (variant eager: compile off).
 
-The loop reports every step to a sink that marks its end. The checkpoint that ends every run comes after the last mark.
+The loop reports every step to a sink that marks its end.
 """
 
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from record import Job, Steps, load_job
+from record import Job, load_job
+from ternlm_steps import train
 
 from ternlm.config import Config
 from ternlm.data.shards import ShardWriter, write_manifest
 from ternlm.data.tokenizer import train_bpe
-from ternlm.train.loop import train_loop
-from ternlm.train.report import Reporter
 from ternlm.train.run import set_up
-
-
-class MarkSteps:
-    """A sink that marks each step's end and keeps its loss."""
-
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
-        self.losses: list[float] = []
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps.mark()
-        self.losses.append(metrics["loss/total"])
-
-    def text(self, step: int, name: str, text: str) -> None: ...
-
-    def sync(self) -> None:
-        """Keep nothing that could be lost."""
-
-    def close(self) -> None: ...
 
 
 def write_shards(job: Job, folder: Path) -> None:
@@ -91,20 +70,20 @@ def make_config(job: Job, data: Path, out: Path) -> Config:
 
 def main() -> None:
     job = load_job()
-    steps = Steps(job)
+    steps = job.make_steps()
     scratch = Path(job.scratch)
     write_shards(job, scratch / "data")
     run = set_up(make_config(job, scratch / "data", scratch / "run"), resume="never")
-    sink = MarkSteps(steps)
-    # MFU is the benchmark's to work out, against the peak that was measured beside it.
-    with closing(Reporter(run, [sink], peak_tflops=1.0)) as reporter, closing(run.loader):
-        train_loop(run, run.loader, reporter)
+    with closing(run.loader):
+        metrics = train(run, run.loader, steps)
     steps.report(
         tokens=[job.batch * job.seq_len] * job.total_steps,
-        losses=sink.losses,
-        num_params=sum(p.numel() for p in run.model.parameters()),
-        boundaries="documents apart, cut at row ends" if job.packed else "one document a row",
+        losses=[step["loss/total"] for step in metrics],
         packages=["torch"],
+        said={
+            "num_params": sum(p.numel() for p in run.model.parameters()),
+            "boundaries": "documents apart, cut at row ends" if job.packed else "one document a row",
+        },
     )
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from hf_trainer import build_llama, train, training_arguments
-from record import Job, Steps, load_job
+from hf_steps import train, training_arguments
+from hf_trainer import build_llama
+from record import Job, load_job
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -41,21 +42,20 @@ def describe_boundaries(trainer: SFTTrainer) -> str:
 
 def main() -> None:
     job = load_job()
-    steps = Steps(job)
+    steps = job.make_steps()
     model = build_llama(job)
     packing: dict[str, Any] = {"packing": True, "max_length": job.seq_len}
     if job.variant == "wrapped":
         packing["packing_strategy"] = "wrapped"
-    arguments = SFTConfig(**training_arguments(job, compiled=job.variant == "compile"), **packing)
+    arguments = SFTConfig(**training_arguments(job, job.batch, compiled=job.variant == "compile"), **packing)
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=documents(job), processing_class=stub_tokenizer())
     losses = train(trainer, steps)
     seen = [0] + [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
     steps.report(
         tokens=[int(after - before) for before, after in pairwise(seen)],
         losses=losses,
-        num_params=sum(p.numel() for p in model.parameters()),
-        boundaries=describe_boundaries(trainer),
         packages=["torch", "transformers", "accelerate", "trl"],
+        said={"num_params": sum(p.numel() for p in model.parameters()), "boundaries": describe_boundaries(trainer)},
     )
 
 

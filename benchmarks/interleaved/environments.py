@@ -12,11 +12,11 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 PACKAGES = {
-    "hf": ("transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0"),
+    "hf": ("transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0", "peft==0.21.2"),
     # litgpt asks for requests when it saves, without declaring it.
     "litgpt": ("litgpt==0.5.13", "lightning==2.6.6", "requests==2.34.2"),
 }
-log = logging.getLogger("train_cpu")
+log = logging.getLogger("interleaved")
 
 
 def prepare_environment(name: str, root: Path) -> Path:

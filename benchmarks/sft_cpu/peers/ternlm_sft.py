@@ -1,0 +1,93 @@
+"""TernLM by its public path: messages, settings, `open_sft`, `train_loop` (variant eager: compile off)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from job import Job, describe_samples, load_job
+from ternlm_steps import train
+
+from ternlm.config.sft import SftConfig
+from ternlm.data.batch import Batch
+from ternlm.data.shards import ShardSet
+from ternlm.train.run import set_up
+
+
+def make_config(job: Job) -> SftConfig:
+    """Return the run's settings; whatever isn't named is TernLM's default."""
+    settings: dict[str, Any] = {
+        "out": str(Path(job.scratch) / "run"),
+        "seed": job.seed,
+        "load": {"from": job.model},
+        "data": {"path": str(Path(job.data) / "messages.jsonl"), "format": "messages", "seq_len": job.seq_len},
+        "batch": {"global_sequences": 1, "microbatch_sequences": 1},
+        "train": {"steps": job.total_steps},
+        "optimizer": {
+            "lr": job.lr,
+            "betas": job.betas,
+            "weight_decay": job.weight_decay,
+            "clip_norm": job.clip_norm,
+        },
+        "schedule": {"kind": "constant", "warmup_fraction": 0.0},
+        "compute": {
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": job.threads,
+            "compile": "off" if job.variant == "eager" else "on",
+        },
+        "checkpoint": {"every_steps": 0},
+    }
+    if job.rank:
+        settings["adapter"] = {"rank": job.rank, "alpha": float(job.alpha)}
+    return SftConfig.model_validate(settings)
+
+
+# TO BE FINISHED with ternlm/post/sft.py: run_ternlm and samples_of follow its interface as it is being built.
+
+
+def run_ternlm(job: Job) -> None:
+    """Fine-tune by TernLM and report the process's result."""
+    from ternlm.post.sft import open_sft
+
+    steps, tokens = job.make_steps(), []
+    ready = open_sft(make_config(job))
+    run = set_up(ready.config, resume="never", facts=ready.facts)
+    with closing(run.loader):
+        metrics = train(run, count_tokens(run.loader, tokens), steps)
+    steps.report(
+        tokens=tokens,
+        losses=[step["loss/total"] for step in metrics],
+        packages=["torch"],
+        said={
+            "num_trained": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+            "boundaries": "documents apart, kept whole",
+            "data": describe_samples(samples_of(ShardSet.open(ready.config.data.sources[0].path))),
+        },
+    )
+
+
+def samples_of(shards: ShardSet) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the ids and labels (-100: not learnt) of every sample."""
+    for index in range(shards.num_documents):
+        ids, trained = (array.tolist() for array in shards.document(index))
+        yield ids, [token if learnt else -100 for token, learnt in zip(ids, trained, strict=True)]
+
+
+def count_tokens(batches: Iterable[list[Batch]], tokens: list[int]) -> Iterator[list[Batch]]:
+    """Pass the steps' batches on, and note in `tokens` how many of each are of samples: all but the padding."""
+    for microbatches in batches:
+        tokens.append(sum(real_tokens(batch) for batch in microbatches))
+        yield microbatches
+
+
+def real_tokens(batch: Batch) -> int:
+    """Count the tokens of segments that have something to learn: padding has nothing, each sample an answer."""
+    count = 0
+    for row, lengths in zip(batch.weights_BT, batch.lengths, strict=True):
+        count += sum(len(part) for part in row.split(lengths) if part.any())
+    return count
+
+
+if __name__ == "__main__":
+    run_ternlm(load_job())

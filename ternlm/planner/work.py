@@ -183,6 +183,14 @@ def element_bytes(config: Config) -> int:
     return 4 if config.compute.dtype == "float32" else 2
 
 
+def kept_bytes(config: Config) -> int:
+    """Return the bytes of a weight of the embedding, the norms and the head, and of a frozen matrix not in 4 bits."""
+    if config.adapter is None:
+        return 4
+    base = config.adapter.base
+    return element_bytes(config) if base in ("auto", "nf4") else 4 if base == "float32" else 2
+
+
 class _Sizes:
     """Sizes of one rank's tensors."""
 

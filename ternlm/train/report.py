@@ -92,7 +92,8 @@ class Reporter:
         metrics["grad/norm"] = facts.norm
         for optimizer in run.optimizers:
             metrics[f"lr/{type(optimizer).__name__.lower()}"] = optimizer.param_groups[0]["lr"]
-        metrics["optimizer/beta2"] = run.optimizers[0].param_groups[0]["betas"][1]
+        if "betas" in run.optimizers[0].param_groups[0]:
+            metrics["optimizer/beta2"] = run.optimizers[0].param_groups[0]["betas"][1]
         if run.scaler:
             metrics["scaler/scale"] = run.scaler.scale
         metrics["train/tokens"] = progress.tokens

@@ -112,7 +112,8 @@ def _make_step(config: Config, mesh: Mesh, dtype: torch.dtype, ledger: Allocatio
     """Build the run; return what trains one step of it and returns the number of its microbatches."""
     laid_out = build_laid_out(config, mesh, dtype, compile_blocks=False)
     parameters = list(laid_out.model.parameters())
-    pieces = make_pieces(laid_out.model, mesh, config.parallel.sequence)
+    made = make_pieces(laid_out.model, mesh, config.parallel.sequence)
+    pieces = [piece for piece in made if piece.parameter.requires_grad]
     optimizers = build_optimizers(pieces, config.optimizer, mesh)
     ledger.mark("parameters", parameters)
     for optimizer in optimizers:

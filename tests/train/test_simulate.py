@@ -29,14 +29,46 @@ def settings(changes=None, sequences=16):
     return small_runs.settings({"data": data, **(changes or {})}, sequences, MODEL)
 
 
+def adapters(changes=None, **settings):
+    """Return changes that make a run one of adapters."""
+    return {**(changes or {}), "adapter": {"rank": 8, **settings}, "load": {"from": "somewhere"}}
+
+
 FOUR = {"num_hidden_layers": 4}
+ZERO3 = {"sharding": {"params": -1, "grads": -1}}
+ATTENTION_LAST = ["o_proj", "up_proj"]
 IN_TURN = {"pipeline": 2, "stages_per_rank": 2}
 LAYOUTS = {
     "zero3 in a node, optimizer over all": (32, {"sharding": {"params": 4, "grads": 4, "optimizer": -1}}),
     "heads exchanged": (8, {"parallel": {"context": 2, "context_method": "all_to_all"}}),
+    "adapters, zero3": (8, adapters(ZERO3)),
+    "adapters, tensor": (2, adapters({"parallel": {"tensor": 2}}, kind="dora")),
     "tensor, 1f1b, zero1": (16, {"parallel": {"tensor": 2, "pipeline": 2}, "sharding": {"optimizer": 2}}),
 }
 MORE_LAYOUTS = {
+    "adapters, zero1, dora": (8, adapters(kind="dora")),
+    "adapters, replicated": (8, adapters({"sharding": {"optimizer": 1}})),
+    "adapters in fours, optimizer over all": (
+        16,
+        adapters({"sharding": {"params": 4, "grads": 4, "optimizer": -1}}, kind="dora", base="float32"),
+    ),
+    "adapters, in 4 bits": (8, adapters(ZERO3, base="nf4")),
+    "adapters, muon": (8, adapters({"optimizer": {"kind": "muon"}, "sharding": {"grads": 2, "optimizer": 4}})),
+    "adapters, tensor, recomputed": (
+        8,
+        adapters({"parallel": {"tensor": 2}, "compute": {"recompute": 1.0}}, kind="dora"),
+    ),
+    "adapters, tensor, some matrices": (2, adapters({"parallel": {"tensor": 2}}, targets=ATTENTION_LAST)),
+    "adapters, tensor, float32 base": (
+        2,
+        adapters({"parallel": {"tensor": 2, "sequence": False}}, targets=["down_proj"], base="float32"),
+    ),
+    "adapters, ring, half recomputed": (8, adapters({"parallel": {"context": 2}, "compute": {"recompute": 0.5}})),
+    "adapters, 1f1b": (8, adapters({"parallel": {"pipeline": 2}})),
+    "adapters, zero bubble in a V": (
+        8,
+        adapters({"model": FOUR, "parallel": {**IN_TURN, "pipeline_schedule": "zero_bubble"}}),
+    ),
     "replicated": (16, {"sharding": {"optimizer": 1}}),
     "zero1 in a node": (32, {"sharding": {"optimizer": 8}}),
     "zero1, accumulated": (8, {}),

@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
+from ternlm.planner.kernels import Kernels
 from ternlm.planner.plan import Plan
 from ternlm.planner.step_time import part_name
 from ternlm.planner.step_traffic import chunk_tokens
 from ternlm.planner.times import Network
 from ternlm.planner.traffic import axis_ranks
 from ternlm.planner.units import human_bytes, human_count, human_flops, human_seconds
-from ternlm.planner.work import Kernels
 
 
 class Explained(NamedTuple):
@@ -35,13 +35,7 @@ def whole_step(plan: Plan) -> Kernels:
     """Return all kernels of a step of the pipeline rank that the time is of, each product once for its kind."""
     work, stage = plan.step.work, plan.step.work.stages[plan.time.rank]
     m = work.microbatches
-    counted: list[tuple[int, Kernels]] = [
-        (m * stage.blocks, work.forward),
-        (m * stage.blocks, work.backward),
-        (m * stage.recomputed, work.again),
-        (m, stage.ends_forward),
-        (m, stage.ends_backward),
-    ]
+    counted = [(m * n, kernels) for n, kernels in (*work.forward_of(stage), *work.backward_of(stage))]
     return Kernels(
         tuple(one for count, kernels in counted for one in kernels.matmuls * count),
         sum(count * kernels.attention_flops for count, kernels in counted),

@@ -33,6 +33,9 @@ class Passed(NamedTuple):
         return {"o_proj": self.attention, "down_proj": self.inner}.get(name, self.middle)
 
 
+ALL_PASSED = Passed()
+
+
 def passed_at_entry(adapter: AdapterConfig) -> Passed:
     """Return what takes part of the block whose input comes from the embedding."""
     targets = set(adapter.targets)

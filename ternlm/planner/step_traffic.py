@@ -16,7 +16,7 @@ from ternlm.config.model import ModelConfig
 from ternlm.config.run import Config
 from ternlm.config.stages import own_stages
 from ternlm.config.training import recomputed_blocks
-from ternlm.planner.frozen import CUT_BY_INPUTS, Passed, passed_at_entry
+from ternlm.planner.frozen import ALL_PASSED, CUT_BY_INPUTS, passed_at_entry
 from ternlm.planner.traffic import Traffic, add_up, axis_ranks, lie_on_several_nodes, world_axis
 from ternlm.planner.work import element_bytes, kept_bytes
 
@@ -205,7 +205,7 @@ class _Step:
         again = recomputed_blocks(blocks, config.compute.recompute)
         learns = int(config.adapter is None)
         # Of the first block, what isn't left and entered backward: attention's output; its input, and the MLP's.
-        passed = passed_at_entry(config.adapter) if config.adapter and first else Passed()
+        passed = passed_at_entry(config.adapter) if config.adapter and first else ALL_PASSED
         not_left, not_entered = int(not passed.middle), int(not passed.start) + int(not passed.middle)
         if config.parallel.sequence:
             yield self.one("all_gather", "tensor", embedded, m * first * learns)

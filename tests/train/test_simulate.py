@@ -6,6 +6,7 @@ import pytest
 import small_runs
 import torch
 import torch.distributed as dist
+from small_runs import adapters
 
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
@@ -27,11 +28,6 @@ MODEL = {
 def settings(changes=None, sequences=16):
     data = {"seq_len": 64, "sources": [{"name": "a", "path": "a"}, {"name": "b", "path": "b"}]}
     return small_runs.settings({"data": data, **(changes or {})}, sequences, MODEL)
-
-
-def adapters(changes=None, **settings):
-    """Return changes that make a run one of adapters."""
-    return {**(changes or {}), "adapter": {"rank": 8, **settings}, "load": {"from": "somewhere"}}
 
 
 FOUR = {"num_hidden_layers": 4}
@@ -190,6 +186,26 @@ def test_the_operations_are_those_of_the_planner():
     # The kernel's backward computes the scores once more: 5 products where the convention counts 4.
     attention = 4 * config.model.num_attention_heads * config.model.head_size * config.model.num_hidden_layers
     assert simulation.flops == counted + attention * tokens**2 / 4
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_of_a_run_of_adapters_the_optimizer_holds_the_adapters_alone(kind):
+    simulation = simulate(settings(adapters(kind=kind)), 1)
+    config = settings(adapters(kind=kind))
+    trained = config.adapter.num_params(config.model)
+    rest, peak = simulation.resting_bytes, simulation.peak_bytes
+    tensors = 2 * 7 * (3 if kind == "dora" else 2)
+    assert rest["optimizer"] == 8 * trained + 4 * tensors
+    assert rest["parameters"] == 2 * config.model.num_params + 4 * trained
+    assert peak["gradients"] <= 4 * trained
+    assert rest["gradients"] == 0
+
+
+def test_weights_in_4_bits_are_simulated():
+    wide, packed = (simulate(settings(adapters(base=base)), 1) for base in ("auto", "nf4"))
+    assert packed.flops == wide.flops
+    assert packed.resting_bytes["parameters"] < 0.7 * wide.resting_bytes["parameters"]
+    assert packed.resting_bytes["activations"] < 2**12
 
 
 def test_nothing_of_the_fake_ranks_is_left_behind():

@@ -4,6 +4,7 @@ Exact but for what is added later: latencies, and rows that pad a cut. No torch 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ternlm.config.layout import Layout
 from ternlm.config.run import Config
@@ -22,7 +23,9 @@ class MeshBound:
     def __init__(self, config: Config, mesh: Choice, cluster: Cluster, world: int, document_tokens: int) -> None:
         self.config, self.world = mesh.in_config(config), world
         self.devices = cluster.devices_per_node
-        step = describe_step(self.config, mesh.layout(world), self.devices, document_tokens=document_tokens)
+        # The finest cut: what tensor ranks sum of whole parameters is each one's piece, adapters' above all.
+        layout = replace(mesh.layout(world), params=1, grads=1, optimizer=mesh.layout(world).data_ranks)
+        step = describe_step(self.config, layout, self.devices, document_tokens=document_tokens)
         self.microbatches, self.element = step.work.microbatches, step.work.element_bytes
         self.ranks = [RankTime(step, cluster, rank) for rank in first_ranks(step)]
         self.parameters = {rank.rank: self._parameters(rank.rank, step.layout) for rank in self.ranks}

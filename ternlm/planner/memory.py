@@ -33,6 +33,8 @@ class Memory:
     """That it has, cuts over data ranks aside; with adapters, not those in 4 bits."""
     trained: float
     """How many of them are trained."""
+    packed: float
+    """Weights in 4 bits beside them."""
     under_way: float
     """Microbatches that it has run forward and not yet backward, at most."""
 
@@ -89,7 +91,8 @@ class _RankMemory:
         moments = [self._at_loss()] if self.last else []
         moments.append(self._in_backward())
         most = max(moments, key=lambda parts: sum(parts.values()))
-        return Memory(most, self.rank, self.parameters, self.trained, self._under_way())
+        packed = float(self.blocks * self.packed)
+        return Memory(most, self.rank, self.parameters, self.trained, packed, self._under_way())
 
     def _held(self) -> dict[str, float]:
         """What is there throughout; gradients as they are while the last microbatch runs."""

@@ -153,7 +153,7 @@ class _RankMemory:
             if self.adapters.dora and block:
                 # While a block runs again: the last product's two parts and the stream, with the gradient and a sum.
                 stream = self.element * self.tokens * self.config.model.hidden_size
-                transient = max(transient, self.adapters.passing_bytes + 5 * stream)
+                transient = max(transient, self.adapters.passing_bytes + 6 * stream)
         parts["activations"] = self._activations() + self.tokens * block + transient
         return parts
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from ternlm.config.model import ModelConfig
 from ternlm.config.section import Section, refuse_ignored, setting
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,3 +41,22 @@ class AdapterConfig(Section):
     def scale(self) -> float:
         """What B A is multiplied with."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def num_params(self, model: ModelConfig) -> int:
+        """Return how many parameters are trained: all adapters' of the model."""
+        shapes = matrix_shapes(model)
+        return model.num_hidden_layers * sum(self.num_params_of(shapes[name]) for name in self.targets)
+
+    def num_params_of(self, shape: tuple[int, int]) -> int:
+        """Return how many parameters the adapter of a matrix has. shape: outputs and inputs."""
+        return self.rank * sum(shape) + shape[0] * (self.kind == "dora")
+
+
+def matrix_shapes(model: ModelConfig) -> dict[Target, tuple[int, int]]:
+    """Return outputs and inputs of each of a block's matrices, in the model's order."""
+    d, m = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
+    return {
+        "q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q),
+        "gate_proj": (m, d), "up_proj": (m, d), "down_proj": (d, m),
+    }  # fmt: skip

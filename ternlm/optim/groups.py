@@ -24,7 +24,8 @@ def build_optimizers(pieces: Sequence[Piece], config: OptimizerConfig, mesh: Mes
     for piece in pieces:
         in_block = ".layers." in piece.name and len(piece.shape) == 2
         (matrices if config.kind == "muon" and in_block else others).append(piece)
-    optimizers: list[Optimizer] = [_build_adamw(others, config)]
+    # Of low-rank adapters all may be matrices of blocks.
+    optimizers: list[Optimizer] = [_build_adamw(others, config)] if others else []
     if matrices:
         group = {
             "params": [piece.tensor for piece in matrices],

@@ -79,8 +79,8 @@ def cut_tensors(model: Any, group: ProcessGroup, sequence: bool) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             dim = cut_dimension(f"{module_name}.{name}" if module_name else name)
             if dim is not None:
-                own = _own_part(parameter, dim, group)
-                setattr(module, name, nn.Parameter(own, parameter.requires_grad))
+                part = nn.Parameter(_own_part(parameter, dim, group), requires_grad=parameter.requires_grad)
+                setattr(module, name, part)
     if tied:
         head.weight = embedding.weight
     enter = gather_sequence if sequence else copy_to_ranks

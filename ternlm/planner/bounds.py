@@ -4,6 +4,7 @@ Exact but for what is added later: latencies, and rows that pad a cut. No torch 
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ternlm.config.layout import Layout
 from ternlm.config.run import Config
@@ -13,7 +14,7 @@ from ternlm.planner.cluster import Cluster
 from ternlm.planner.step_time import RankTime, describe_step, first_ranks
 from ternlm.planner.step_traffic import reduced_bytes
 from ternlm.planner.traffic import Traffic, axis_ranks, lie_on_several_nodes
-from ternlm.planner.work import accumulate_bytes, stage_parameters, update_bytes
+from ternlm.planner.work import accumulate_bytes, held_parameters, trained_parameters, update_bytes
 
 
 class MeshBound:
@@ -22,7 +23,9 @@ class MeshBound:
     def __init__(self, config: Config, mesh: Choice, cluster: Cluster, world: int, document_tokens: int) -> None:
         self.config, self.world = mesh.in_config(config), world
         self.devices = cluster.devices_per_node
-        step = describe_step(self.config, mesh.layout(world), self.devices, document_tokens=document_tokens)
+        # The finest cut: what tensor ranks sum of whole parameters is each one's piece, adapters' above all.
+        layout = replace(mesh.layout(world), params=1, grads=1, optimizer=mesh.layout(world).data_ranks)
+        step = describe_step(self.config, layout, self.devices, document_tokens=document_tokens)
         self.microbatches, self.element = step.work.microbatches, step.work.element_bytes
         self.ranks = [RankTime(step, cluster, rank) for rank in first_ranks(step)]
         self.parameters = {rank.rank: self._parameters(rank.rank, step.layout) for rank in self.ranks}
@@ -37,19 +40,20 @@ class MeshBound:
         return max(self._rank_seconds(rank, layout) for rank in self.ranks)
 
     def _rank_seconds(self, rank: RankTime, layout: Layout) -> float:
-        own, root = self.parameters[rank.rank]
-        traffic = list(self._traffic(rank.rank, layout, own, root))
-        adding = accumulate_bytes(own, layout, self.element) * (self.microbatches > 1)
-        return rank.with_states(layout, traffic, update_bytes(own, layout, self.element), adding).seconds
+        own, root, trained = self.parameters[rank.rank]
+        traffic = list(self._traffic(rank.rank, layout, own, root, trained))
+        adding = accumulate_bytes(trained, layout, self.element) * (self.microbatches > 1)
+        return rank.with_states(layout, traffic, update_bytes(trained, layout, self.element), adding).seconds
 
-    def _parameters(self, rank: int, layout: Layout) -> tuple[float, float]:
-        """Return how many parameters a rank has, and how many of these are gathered once a microbatch."""
+    def _parameters(self, rank: int, layout: Layout) -> tuple[float, float, float]:
+        """Return how many parameters a rank has, how many are gathered once a microbatch, and how many are trained."""
         model, stages = self.config.model, own_stages(self.config, layout.pipeline, rank)
         table, hidden = model.vocab_size * model.hidden_size / layout.tensor, model.hidden_size
         root = sum(table * stage.first + hidden * stage.last for stage in stages)
-        return stage_parameters(self.config, layout, stages), root
+        trained = trained_parameters(self.config, layout, stages)
+        return held_parameters(self.config, layout, stages), root, trained
 
-    def _traffic(self, rank: int, layout: Layout, own: float, root: float) -> Iterator[Traffic]:
+    def _traffic(self, rank: int, layout: Layout, own: float, root: float, trained: float) -> Iterator[Traffic]:
         """Yield what cutting the states exchanges, with no count: latencies are left out."""
         axes = axis_ranks(layout, layout.place(rank * layout.data_ranks * layout.tensor))
 
@@ -59,11 +63,11 @@ class MeshBound:
                 operation, axis, len(ranks), lie_on_several_nodes(ranks, self.devices), int(payload), count=0
             )
 
-        m, piece = self.microbatches, own / layout.shard
+        m, piece = self.microbatches, trained / layout.shard
         if layout.shard > 1:
             gathered = (2 * own - root) * m if layout.reshard else own
             yield one("all_gather", "shard", gathered * self.element)
-            yield one("reduce_scatter", "shard", own * self.reduced * (m if layout.grads > 1 else 1))
+            yield one("reduce_scatter", "shard", trained * self.reduced * (m if layout.grads > 1 else 1))
         if layout.across > 1:
             yield one("reduce_scatter", "across", piece * 4)
             yield one("all_gather", "across", piece * 4)

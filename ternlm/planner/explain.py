@@ -2,13 +2,14 @@
 
 from typing import NamedTuple
 
+from ternlm.planner.kernels import Kernels
 from ternlm.planner.plan import Plan
 from ternlm.planner.step_time import part_name
 from ternlm.planner.step_traffic import chunk_tokens
 from ternlm.planner.times import Network
 from ternlm.planner.traffic import axis_ranks
 from ternlm.planner.units import human_bytes, human_count, human_flops, human_seconds
-from ternlm.planner.work import Kernels
+from ternlm.planner.work import kept_bytes
 
 
 class Explained(NamedTuple):
@@ -35,13 +36,7 @@ def whole_step(plan: Plan) -> Kernels:
     """Return all kernels of a step of the pipeline rank that the time is of, each product once for its kind."""
     work, stage = plan.step.work, plan.step.work.stages[plan.time.rank]
     m = work.microbatches
-    counted: list[tuple[int, Kernels]] = [
-        (m * stage.blocks, work.forward),
-        (m * stage.blocks, work.backward),
-        (m * stage.recomputed, work.again),
-        (m, stage.ends_forward),
-        (m, stage.ends_backward),
-    ]
+    counted = [(m * n, kernels) for n, kernels in (*work.forward_of(stage), *work.backward_of(stage))]
     return Kernels(
         tuple(one for count, kernels in counted for one in kernels.matmuls * count),
         sum(count * kernels.attention_flops for count, kernels in counted),
@@ -130,7 +125,9 @@ def _how_much(plan: Plan, kind: str) -> str:
             "optimizer": (f"{program.state_bytes:.3g} bytes", layout.optimizer),
             "gradients": ("4 bytes while microbatches add up", layout.grads),
         }[kind]
-        own = plan.memory.parameters
+        own = plan.memory.parameters if kind == "weights" else plan.memory.trained
+        if kind == "weights" and config.adapter:
+            return _how_frozen(plan)
         text = f"{of} for each of {human_count(own)} parameters" + f", over {over} ranks" * (over > 1)
         return text + ("; and those of the module in work" if kind == "gradients" else "")
     again, keep = config.compute.recompute, config.compute.recompute_keep
@@ -147,3 +144,17 @@ def _how_much(plan: Plan, kind: str) -> str:
         "reserve": f"{plan.cluster.reserve_gib:.3g} GiB of driver and communication library, and "
         f"{plan.cluster.fragmentation:.0%} between tensors",
     }[kind]
+
+
+def _how_frozen(plan: Plan) -> str:
+    config, layout, memory = plan.config, plan.layout, plan.memory
+    adapter, over = config.adapter, f", over {layout.shard} ranks" * (layout.shard > 1)
+    assert adapter is not None
+    text = (
+        f"{kept_bytes(config)} bytes for each of {human_count(memory.parameters - memory.trained)} frozen parameters "
+    )
+    text += f"and 4 for each of {human_count(memory.trained)} of the adapters" + over
+    if not memory.packed:
+        return text
+    bits = 4 + 32 / adapter.block_size
+    return f"{bits:.3g} bits for each of {human_count(memory.packed)} frozen weights, whole on each rank; {text}"

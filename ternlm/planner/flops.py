@@ -3,14 +3,17 @@
 A multiply and an add are two operations. Only matrix products count: the blocks' seven matrices and the
 head, 2 per weight and token, and attention's two, 4 x heads x head size per layer and query-key pair. Not
 counted, as usual: the input embedding (a lookup), norms, biases, activations, the optimizer. A backward pass
-costs twice its forward. No torch here: plain numbers in, plain numbers out.
+costs twice its forward, but for frozen matrices, which have no gradient of their own. No torch here: plain numbers in,
+plain numbers out.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ternlm.config.adapter import AdapterConfig
 from ternlm.config.model import ModelConfig
 from ternlm.config.training import recomputed_blocks
+from ternlm.planner.frozen import adapter_forward_params, entry_params_passed_over, passed_at_entry
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,21 @@ def forward_flops(config: ModelConfig, tokens: int, pairs: int) -> Flops:
     return Flops(full=full, causal=matmuls + attention / 2, hardware=full)
 
 
-def training_flops(config: ModelConfig, tokens: int, pairs: int, recompute: float = 0.0) -> Flops:
+def training_flops(
+    config: ModelConfig, tokens: int, pairs: int, recompute: float = 0.0, adapter: AdapterConfig | None = None
+) -> Flops:
     """Count forward and backward passes; arguments as for `forward_flops`.
 
     recompute: share of the blocks whose whole forward runs again in backward, rounded up to whole blocks; 0
-    where recomputed blocks keep the results of their matrix products.
+    where recomputed blocks keep the results of their matrix products. adapter: of a run that trains nothing else.
     """
     forward = forward_flops(config, tokens, pairs)
     blocks = recomputed_blocks(config.num_hidden_layers, recompute)
     block = 2.0 * _layer_matmul_params(config) * tokens + _attention_flops_per_pair(config) * pairs
+    if adapter:
+        added = 2.0 * adapter_forward_params(config, adapter) * tokens
+        full, causal = _adapter_flops(config, adapter, tokens, pairs)
+        return Flops(full, causal, full + blocks * (block + added))
     return Flops(full=3 * forward.full, causal=3 * forward.causal, hardware=3 * forward.full + blocks * block)
 
 
@@ -78,6 +87,16 @@ def ancestor_flops_per_token(config: ModelConfig, seq_len: int, recompute: bool,
     hidden, passes = config.hidden_size, 4 if recompute else 3
     layer = (8 + 4 * 1.5 * mlp_ratio) * hidden**2 + 4 * seq_len * hidden
     return passes * config.num_hidden_layers * layer + 6 * hidden * config.vocab_size
+
+
+def _adapter_flops(config: ModelConfig, adapter: AdapterConfig, tokens: int, pairs: int) -> tuple[float, float]:
+    """Return `full` and `causal` of a step that trains adapters: DoRA's lengths of rows, once a pass, not counted."""
+    layers, attends = config.num_hidden_layers, _attention_flops_per_pair(config) * pairs
+    added = 2.0 * adapter_forward_params(config, adapter) * tokens * layers
+    passed_over = 2.0 * entry_params_passed_over(config, adapter) * tokens
+    matmuls = 2 * (2.0 * matmul_params(config) * tokens) + 3 * added - passed_over
+    attention = attends * (3 * layers - 2 * (not passed_at_entry(adapter).attention))
+    return matmuls + attention, matmuls + attention / 2
 
 
 def _layer_matmul_params(config: ModelConfig) -> int:

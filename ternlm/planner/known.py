@@ -65,7 +65,7 @@ def find_cluster(name: str, attention: str = "flash2") -> Cluster:
         return load_section(Cluster, path)
     match = re.fullmatch(r"(?P<device>[a-z0-9-]+?)x(?P<number>[1-9]\d*)(@(?P<gbit>[1-9]\d*))?", name)
     if not match or match["device"] not in sheets():
-        near = difflib.get_close_matches(name.partition("x")[0], sheets(), n=1)
+        near = difflib.get_close_matches(re.sub(r"x\d*(@.*)?$", "", name), sheets(), n=1)
         hint = f"did you mean {near[0]}x8? " if near else ""
         raise ConfigError(
             f"cluster {name!r} is neither a file nor known; {hint}known are "

@@ -66,7 +66,8 @@ class Plan:
         """Operations of a step, of one device, in the three conventions."""
         tokens, keep = self.step_tokens, self.config.compute.recompute_keep
         again = self.config.compute.recompute if keep == "nothing" else 0.0
-        whole = training_flops(self.config.model, tokens, tokens * self.document_tokens, again)
+        pairs = tokens * self.document_tokens
+        whole = training_flops(self.config.model, tokens, pairs, again, self.config.adapter)
         world = self.layout.world
         return Flops(whole.full / world, whole.causal / world, whole.hardware / world)
 

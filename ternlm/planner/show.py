@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ternlm.config.layout import Layout
+from ternlm.config.run import Config
 from ternlm.planner.explain import explain_memory, explain_time
 from ternlm.planner.length import Length
 from ternlm.planner.memory import GIB
@@ -26,6 +27,7 @@ def plan_tables(plan: Plan, length: Length) -> Group:
 
 def plan_figures(plan: Plan, length: Length) -> dict[str, Any]:
     """Return every figure in seconds, bytes, operations and pieces, as JSON can hold it."""
+    adapter, model = plan.config.adapter, plan.config.model
     return {
         "cluster": plan.cluster.name,
         "devices_per_node": plan.cluster.devices_per_node,
@@ -39,6 +41,7 @@ def plan_figures(plan: Plan, length: Length) -> dict[str, Any]:
         "flops": asdict(plan.flops),
         "tflops": asdict(plan.tflops),
         "mfu": asdict(plan.mfu),
+        "trained_parameters": adapter.num_params(model) if adapter else model.num_params,
         "memory_bytes": plan.memory.parts,
         "device_memory_bytes": plan.cluster.memory_gib * GIB,
         "fits": plan.fits,
@@ -71,6 +74,21 @@ def _heading(plan: Plan) -> list[str]:
         f"A step: {human_count(plan.step_tokens)} tokens, {work.microbatches} microbatches of "
         f"{config.batch.microbatch_sequences} x {config.data.seq_len:,} a device; the model has "
         f"{human_count(config.model.num_params)} parameters",
+        *_adapters(config),
+    ]
+
+
+def _adapters(config: Config) -> list[str]:
+    """Say what of the model is trained, where that isn't all."""
+    adapter = config.adapter
+    if adapter is None:
+        return []
+    trained, frozen = adapter.num_params(config.model), config.model.num_params
+    kept = {"auto": "in the products' format", "nf4": "in 4 bits where they have adapters"}
+    return [
+        f"Adapters ({adapter.kind}, rank {adapter.rank}) are trained, {human_count(trained)} parameters, "
+        f"{trained / frozen:.2%} of the model's number; its own stay as they are, "
+        + kept.get(adapter.base, f"in {adapter.base}")
     ]
 
 

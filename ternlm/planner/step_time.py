@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ternlm.config.layout import Layout
 from ternlm.config.run import Config
 from ternlm.planner.cluster import Cluster
+from ternlm.planner.kernels import Kernels
 from ternlm.planner.step_traffic import step_traffic
 from ternlm.planner.times import Network, kernel_seconds
 from ternlm.planner.traffic import Traffic, axis_ranks
@@ -136,17 +137,11 @@ class RankTime:
         """Return a microbatch's time forward and backward by part."""
         work, rates = self.work, self.cluster.rates
 
-        def add_up(*counted: tuple[float, dict[str, float]]) -> dict[str, float]:
-            return {part: sum(count * times[part] for count, times in counted) for part in KERNELS}
+        def add_up(counted: Sequence[tuple[int, Kernels]]) -> dict[str, float]:
+            timed = [(count, kernel_seconds(kernels, rates, work.document_tokens)) for count, kernels in counted]
+            return {part: sum(count * times[part] for count, times in timed) for part in KERNELS}
 
-        block, block_back, again, ends, ends_back = (
-            kernel_seconds(kernels, rates, work.document_tokens)
-            for kernels in (work.forward, work.backward, work.again, stage.ends_forward, stage.ends_backward)
-        )
-        return (
-            add_up((stage.blocks, block), (1, ends)),
-            add_up((stage.blocks, block_back), (stage.recomputed, again), (1, ends_back)),
-        )
+        return add_up(work.forward_of(stage)), add_up(work.backward_of(stage))
 
     def _waited(self, traffic: Iterable[Traffic]) -> float:
         """Add what is exchanged in the midst of a microbatch; return how long it takes."""

@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ternlm.config.adapter import ALL_TARGETS, AdapterConfig, Target, matrix_shapes
 from ternlm.config.layout import Layout, Place, resolve_layout
 from ternlm.config.model import ModelConfig
 from ternlm.config.run import Config
 from ternlm.config.stages import own_stages
 from ternlm.config.training import recomputed_blocks
+from ternlm.planner.frozen import ALL_PASSED, CUT_BY_INPUTS, passed_at_entry
 from ternlm.planner.traffic import Traffic, add_up, axis_ranks, lie_on_several_nodes, world_axis
-from ternlm.planner.work import element_bytes
+from ternlm.planner.work import element_bytes, kept_bytes
 
 FLOAT32, FLOAT64, INT64 = 4, 8, 8
 _JOINED_ELEMENTS = 2**26  # pieces that cross groups go together, in calls of about so many elements
@@ -31,6 +33,12 @@ class Parameter:
     whole_shape: tuple[int, ...]
     partial: bool = False
     """Whether tensor ranks have parts of a sum as its gradient."""
+    trained: bool = True
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
 
     @property
     def row(self) -> int:
@@ -39,32 +47,45 @@ class Parameter:
 
 
 @functools.lru_cache(maxsize=64)  # a search asks again and again
-def parameters(model: ModelConfig, tensor: int = 1, sequence: bool = True) -> tuple[tuple[Parameter, ...], ...]:
-    """Return the parameters in the model's order: the embedding, each block, the final norm, the head where untied."""
-    d, m, h = model.hidden_size, model.intermediate_size, model.head_size
-    q, kv = model.num_attention_heads * h, model.kv_heads * h
+def parameters(
+    model: ModelConfig, tensor: int = 1, sequence: bool = True, adapter: AdapterConfig | None = None
+) -> tuple[tuple[Parameter, ...], ...]:
+    """Return the parameters in the model's order: the embedding, each block, the final norm, the head where untied.
 
-    def one(name: str, *shape: int, cut: int | None = None, partial: bool = False) -> Parameter:
+    adapter: of a run that trains nothing else; matrices in 4 bits are no parameters.
+    """
+    d, h = model.hidden_size, model.head_size
+
+    def one(name: str, *shape: int, cut: int | None = None, partial: bool = False, trained: bool = False) -> Parameter:
         own = tuple(n // tensor if dim == cut else n for dim, n in enumerate(shape))
-        return Parameter(name, own, shape, partial and tensor > 1)
+        return Parameter(name, own, shape, partial and tensor > 1, trained or adapter is None)
+
+    def matrix(part: str, name: Target, bias: bool) -> Iterator[Parameter]:
+        (rows, columns), own, cut = matrix_shapes(model)[name], f"{part}.{name}", int(name in CUT_BY_INPUTS)
+        adapted = adapter if adapter and name in adapter.targets else None
+        if not (adapted and adapted.base == "nf4"):
+            yield one(f"{own}.weight", rows, columns, cut=cut)
+        if bias:
+            yield one(f"{own}.bias", rows, cut=0 if not cut else None, partial=bool(cut) and sequence)
+        if not adapted:
+            return
+        if adapted.kind == "dora":
+            yield one(f"{own}.magnitude", rows, cut=0 if not cut else None, partial=bool(cut), trained=True)
+        a_cut, b_cut = (1, None) if cut else (None, 0)
+        yield one(f"{own}.lora_A.weight", adapted.rank, columns, cut=a_cut, partial=not cut, trained=True)
+        yield one(f"{own}.lora_B.weight", rows, adapted.rank, cut=b_cut, partial=bool(cut), trained=True)
 
     def block(layer: int) -> Iterator[Parameter]:
-        prefix = f"model.layers.{layer}."
-        for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            yield one(f"{prefix}self_attn.{name}.weight", rows, d, cut=0)
-            if model.attention_bias:
-                yield one(f"{prefix}self_attn.{name}.bias", rows, cut=0)
-        yield one(f"{prefix}self_attn.o_proj.weight", d, q, cut=1)
-        if model.attention_bias:
-            yield one(f"{prefix}self_attn.o_proj.bias", d, partial=sequence)
+        prefix = f"model.layers.{layer}"
+        for name in ALL_TARGETS[:4]:
+            yield from matrix(f"{prefix}.self_attn", name, model.attention_bias)
         if model.qk_norm:  # each rank sees some of the heads
-            yield one(f"{prefix}self_attn.q_norm.weight", h, partial=True)
-            yield one(f"{prefix}self_attn.k_norm.weight", h, partial=True)
-        yield one(f"{prefix}mlp.gate_proj.weight", m, d, cut=0)
-        yield one(f"{prefix}mlp.up_proj.weight", m, d, cut=0)
-        yield one(f"{prefix}mlp.down_proj.weight", d, m, cut=1)
-        yield one(f"{prefix}input_layernorm.weight", d, partial=sequence)
-        yield one(f"{prefix}post_attention_layernorm.weight", d, partial=sequence)
+            yield one(f"{prefix}.self_attn.q_norm.weight", h, partial=True)
+            yield one(f"{prefix}.self_attn.k_norm.weight", h, partial=True)
+        for name in ALL_TARGETS[4:]:
+            yield from matrix(f"{prefix}.mlp", name, False)
+        yield one(f"{prefix}.input_layernorm.weight", d, partial=sequence)
+        yield one(f"{prefix}.post_attention_layernorm.weight", d, partial=sequence)
 
     units: list[tuple[Parameter, ...]] = [(one("model.embed_tokens.weight", model.vocab_size, d, cut=0),)]
     units += [tuple(block(layer)) for layer in range(model.num_hidden_layers)]
@@ -105,7 +126,7 @@ class _Step:
         self.rows = config.batch.microbatch_sequences
         self.microbatches = config.batch.global_sequences // (self.rows * layout.data)
         self.tokens = config.data.seq_len // layout.context
-        embedding, *rest = parameters(config.model, layout.tensor, config.parallel.sequence)
+        embedding, *rest = parameters(config.model, layout.tensor, config.parallel.sequence, config.adapter)
         count = config.model.num_hidden_layers
         blocks, norm, head = rest[:count], rest[count], rest[count + 1 :]  # no head of its own where it is tied
         # Of each stage, what FSDP gathers one at a time, and the rest, which is gathered once.
@@ -119,8 +140,8 @@ class _Step:
         own = [block for stage in stages for block in (blocks[layer] for layer in stage.layers)]
         ends = [embedding] * self.first, [norm] * self.last
         joined = [*ends[0], *ends[1], *own] if layout.pipeline > 1 else [*ends[0], *own, *ends[1]]
-        self.own = [parameter for unit in [*joined, *(head * self.last)] for parameter in unit]
-        """In the order in which the program goes through them."""
+        self.own = [one for unit in [*joined, *(head * self.last)] for one in unit if one.trained]
+        """Those that are trained, in the order in which the program goes through them."""
 
     def all(self, metrics: int) -> Iterator[Traffic]:
         """Yield everything."""
@@ -149,13 +170,15 @@ class _Step:
         layout, m = self.layout, self.microbatches
         units = [(unit, n, False) for unit, n in self.units.items()]
         for unit, n, is_rest in [*units, *((rest, n, True) for rest, n in self.rests.items())]:
-            elements = sum(_padded(rows, layout.shard) * row for rows, row in unit)
+            elements = sum(_padded(rows, layout.shard) * row for rows, row, _ in unit)
+            trained = sum(_padded(rows, layout.shard) * row for rows, row, learns in unit if learns)
             if layout.shard > 1:
                 gathers = 1 if not layout.reshard else m if is_rest else 2 * m
                 yield self.one("all_gather", "shard", elements * self.element, n * gathers)
-                yield self.one("reduce_scatter", "shard", elements * self.reduced, n * m if layout.grads > 1 else n)
+                reduced = bool(trained) * n * (m if layout.grads > 1 else 1)
+                yield self.one("reduce_scatter", "shard", trained * self.reduced, reduced)
             if layout.across == 1 and "replicas" in self.axes:
-                yield self.one("all_reduce", "replicas", elements // layout.shard * self.reduced, n)
+                yield self.one("all_reduce", "replicas", trained // layout.shard * self.reduced, n * bool(trained))
 
     def across(self) -> Iterator[Traffic]:
         """What crosses groups where optimizer states are cut wider: gradients out, updated weights back, in float32."""
@@ -175,23 +198,31 @@ class _Step:
             return
         config, m = self.config, self.microbatches
         stream = self.rows * self.tokens * config.model.hidden_size
-        # Without FSDP the embedding is float32, and cast after it was summed.
-        embedded = stream * (self.element if self.layout.data_ranks > 1 else FLOAT32)
+        # Without FSDP the embedding is float32, and cast after it was summed; a frozen one as it is kept.
+        embedded = stream * (self.element if self.layout.data_ranks > 1 else kept_bytes(config))
         stream *= self.element
         blocks, first, last = self.blocks, int(self.first), int(self.last)
         again = recomputed_blocks(blocks, config.compute.recompute)
+        learns = int(config.adapter is None)
+        # Of the first block, what isn't left and entered backward: attention's output; its input, and the MLP's.
+        passed = passed_at_entry(config.adapter) if config.adapter and first else ALL_PASSED
+        not_left, not_entered = int(not passed.middle), int(not passed.start) + int(not passed.middle)
         if config.parallel.sequence:
-            for operation in ("all_gather", "reduce_scatter"):
-                yield self.one(operation, "tensor", embedded, m * first)
-                yield self.one(operation, "tensor", stream, m * (4 * blocks + last))
+            yield self.one("all_gather", "tensor", embedded, m * first * learns)
+            yield self.one("all_gather", "tensor", stream, m * (4 * blocks + last - not_left))
+            yield self.one("reduce_scatter", "tensor", embedded, m * first)
+            yield self.one("reduce_scatter", "tensor", stream, m * (4 * blocks + last - not_entered))
             # A recomputed block enters attention and the MLP, and leaves attention: what follows isn't needed.
             yield self.one("all_gather", "tensor", stream, m * 2 * again)
             yield self.one("reduce_scatter", "tensor", stream, m * again)
         else:
             yield self.one("all_reduce", "tensor", embedded, m * first)
-            yield self.one("all_reduce", "tensor", stream, m * (4 * blocks + again + last))
+            yield self.one("all_reduce", "tensor", stream, m * (4 * blocks + again + last - not_entered))
         if self.last:
             yield from self._vocabulary()
+        if config.adapter and config.adapter.kind == "dora":  # squares of rows that are cut over ranks
+            passes = m * (blocks + again) * len(CUT_BY_INPUTS & set(config.adapter.targets))
+            yield self.one("all_reduce", "tensor", config.model.hidden_size * FLOAT32, passes)
         partial = [self._piece_rows(parameter) * parameter.row for parameter in self.own if parameter.partial]
         yield self.one("all_reduce", "tensor", sum(partial) * FLOAT32, int(bool(partial)))
 
@@ -287,9 +318,9 @@ def chunk_tokens(config: Config) -> int:
     return config.loss.chunk_tokens or max(2**30 // (4 * config.model.vocab_size), 64)
 
 
-def _alike(units: Iterable[Sequence[Parameter]]) -> Counter[tuple[tuple[int, int], ...]]:
-    """Return the rows and their sizes of each unit's parameters, and how many units have these."""
-    return Counter(tuple((p.shape[0], p.row) for p in unit) for unit in units)
+def _alike(units: Iterable[Sequence[Parameter]]) -> Counter[tuple[tuple[int, int, bool], ...]]:
+    """Return the rows, their sizes and whether they're trained of each unit's parameters, and how many have these."""
+    return Counter(tuple((p.shape[0], p.row, p.trained) for p in unit) for unit in units)
 
 
 def _padded(rows: int, parts: int) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from ternlm.config.section import ConfigError
 from ternlm.planner.cluster import Cluster, Links, Rates
+from ternlm.planner.kernels import Kernels, Matmul
 from ternlm.planner.traffic import Traffic
-from ternlm.planner.work import Kernels, Matmul
 
 
 def kernel_seconds(kernels: Kernels, rates: Rates, document_tokens: int) -> dict[str, float]:

@@ -7,12 +7,15 @@ A multiply and an add are two operations. No torch here: plain numbers in, plain
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ternlm.config.layout import Layout
 from ternlm.config.run import Config
 from ternlm.config.stages import OwnStage, own_stages
 from ternlm.config.training import recomputed_blocks
+from ternlm.planner.adapter_work import AdapterWork
+from ternlm.planner.frozen import ALL_PASSED, Passed, adapted_matrices, passed_at_entry
+from ternlm.planner.kernels import Kernels, Matmul
 
 LARGEST_IN_HEAP = 2**25
 """Bytes of the largest allocation that glibc may take from its heap (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits)."""
@@ -50,45 +53,6 @@ class Program:
     """Whether updated weights are sent tensor by tensor from their owners (InternLM's framework), not gathered."""
 
 
-class Matmul(NamedTuple):
-    """A product of an m x k and a k x n matrix, so many times."""
-
-    m: int
-    n: int
-    k: int
-    float8: bool = False
-
-    @property
-    def flops(self) -> float:
-        """Operations."""
-        return 2.0 * self.m * self.n * self.k
-
-    @property
-    def elements(self) -> float:
-        """Of both operands and the result."""
-        return float(self.m * self.k + self.k * self.n + self.m * self.n)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Kernels that run one after another."""
-
-    matmuls: tuple[Matmul, ...] = ()
-    attention_flops: float = 0.0
-    """Of causal attention forward, with the masked half left out; likewise backward: 2.5 times as many."""
-    attention_backward_flops: float = 0.0
-    stream_bytes: float = 0.0
-    """What all other kernels read and write, those of the loss aside."""
-    loss_bytes: float = 0.0
-    """What the loss reads and writes beside its products."""
-    launches: int = 0
-
-    @property
-    def flops(self) -> float:
-        """Operations of all of them."""
-        return sum(m.flops for m in self.matmuls) + self.attention_flops + self.attention_backward_flops
-
-
 @dataclass(frozen=True)
 class Stage:
     """What one rank of a pipeline has, or the only one; per microbatch."""
@@ -99,6 +63,8 @@ class Stage:
     ends_forward: Kernels
     """Embedding, final norm and head with the loss, as far as they are here; likewise backward."""
     ends_backward: Kernels
+    entries: int = 0
+    """How many of the blocks have an input without a gradient: the first, behind a frozen embedding."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +82,8 @@ class Work:
     backward: Kernels
     again: Kernels
     """What a recomputed block does once more."""
+    entry_backward: Kernels
+    """Backward of a block whose input has no gradient."""
     stages: tuple[Stage, ...]
     """By rank of the pipeline."""
     update_bytes: tuple[float, ...]
@@ -124,6 +92,15 @@ class Work:
     """What adding up gradients reads and writes, for each microbatch, by rank of the pipeline."""
     fresh_bytes: tuple[float, ...]
     """Memory that a CPU's allocator maps anew, for each microbatch, by rank of the pipeline."""
+
+    def forward_of(self, stage: Stage) -> list[tuple[int, Kernels]]:
+        """Return a microbatch's kernels forward on a rank, and how often each run."""
+        return [(stage.blocks, self.forward), (1, stage.ends_forward)]
+
+    def backward_of(self, stage: Stage) -> list[tuple[int, Kernels]]:
+        """Return the same backward, with what is recomputed."""
+        blocks = [(stage.blocks - stage.entries, self.backward), (stage.entries, self.entry_backward)]
+        return [*blocks, (stage.recomputed, self.again), (1, stage.ends_backward)]
 
 
 def step_work(
@@ -136,7 +113,7 @@ def step_work(
     program = program or Program(fused=config.compute.compile != "off")
     batch, sizes = config.batch, _Sizes(config, layout, program, document_tokens or config.data.seq_len)
     stages = [program_stages(config, layout.pipeline, rank, program) for rank in range(layout.pipeline)]
-    parameters = [stage_parameters(config, layout, own) for own in stages]
+    parameters = [trained_parameters(config, layout, own) for own in stages]
     accumulating = batch.global_sequences // (batch.microbatch_sequences * layout.data) > 1
     return Work(
         microbatches=batch.global_sequences // (batch.microbatch_sequences * layout.data),
@@ -146,6 +123,7 @@ def step_work(
         forward=sizes.forward(),
         backward=sizes.backward(),
         again=sizes.again(),
+        entry_backward=sizes.backward(passed_at_entry(config.adapter) if config.adapter else ALL_PASSED),
         stages=tuple(sizes.stage(own) for own in stages),
         update_bytes=tuple(update_bytes(own, layout, sizes.element) for own in parameters),
         accumulate_bytes=tuple(accumulate_bytes(own, layout, sizes.element) * accumulating for own in parameters),
@@ -183,6 +161,14 @@ def element_bytes(config: Config) -> int:
     return 4 if config.compute.dtype == "float32" else 2
 
 
+def kept_bytes(config: Config) -> int:
+    """Return the bytes of a weight of the embedding, the norms and the head, and of a frozen matrix not in 4 bits."""
+    if config.adapter is None:
+        return 4
+    base = config.adapter.base
+    return element_bytes(config) if base in ("auto", "nf4") else 4 if base == "float32" else 2
+
+
 class _Sizes:
     """Sizes of one rank's tensors."""
 
@@ -201,6 +187,9 @@ class _Sizes:
         # Norms and residuals are cut along the sequence.
         self.stream = self.hidden // layout.tensor if config.parallel.sequence else self.hidden
         self.element = element_bytes(config)
+        self.adapters: AdapterWork | None = None
+        if config.adapter:
+            self.adapters = AdapterWork(config.model, config.adapter, layout.tensor, self.tokens, self.element)
 
     def products(self) -> list[tuple[int, int]]:
         """Return in and out of a block's matrices, those with the same input as one."""
@@ -221,19 +210,26 @@ class _Sizes:
         matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in self.products())
         launches = 14 if self.program.fused else 28
         moved = self.tokens * self.element * self._elements()[0]
-        return Kernels(matmuls, self.attention_flops(), 0.0, moved, 0.0, launches)
+        forward = Kernels(matmuls, self.attention_flops(), 0.0, moved, 0.0, launches)
+        return self.adapters.with_forward(forward, self.program.fused) if self.adapters else forward
 
-    def backward(self) -> Kernels:
-        """Return a block's backward pass: gradients of inputs and of weights."""
-        matmuls: list[Matmul] = []
+    def backward(self, passed: Passed = ALL_PASSED) -> Kernels:
+        """Return a block's backward pass: gradients of inputs and of weights. passed: what of it takes part."""
+        attention = 2.5 * self.attention_flops() * passed.attention
+        launches = 26 if self.program.fused else 56
+        moved = self.tokens * self.element * self._elements()[1]
+        if self.adapters:
+            matmuls = self.adapters.input_gradients(passed)
+            return self.adapters.with_backward(
+                Kernels(matmuls, 0.0, attention, moved, 0.0, launches), passed, self.program.fused
+            )
+        both: list[Matmul] = []
         for into, out in self.products():
-            matmuls += [
+            both += [
                 Matmul(self.tokens, into, out, self.program.float8),
                 Matmul(out, into, self.tokens, self.program.float8),
             ]
-        launches = 26 if self.program.fused else 56
-        attention = 2.5 * self.attention_flops()
-        return Kernels(tuple(matmuls), 0.0, attention, self.tokens * self.element * self._elements()[1], 0.0, launches)
+        return Kernels(tuple(both), 0.0, attention, moved, 0.0, launches)
 
     def again(self) -> Kernels:
         """Return what a recomputed block does once more in its backward pass."""
@@ -245,7 +241,7 @@ class _Sizes:
             outs = ((self.hidden, self.keys), (self.queries, self.hidden), (self.hidden, self.inner))
             matmuls = tuple(Matmul(self.tokens, out, into, self.program.float8) for into, out in outs)
             return Kernels(matmuls, 0.0, 0.0, forward.stream_bytes, 0.0, forward.launches)
-        if self.program.whole_recompute:
+        if self.program.whole_recompute or (self.adapters and self.adapters.needs_last_result):
             return forward
         return replace(forward, matmuls=forward.matmuls[:-1])
 
@@ -270,7 +266,9 @@ class _Sizes:
         head, logits = (self.hidden, self.vocab), float(self.tokens) * self.vocab * last
         into, out = head
         forward = (Matmul(self.tokens, out, into),) if last else ()
-        backward = (Matmul(self.tokens, into, out), Matmul(out, into, self.tokens)) if last else ()
+        backward: tuple[Matmul, ...] = (Matmul(self.tokens, into, out),) if last else ()
+        if not self.adapters:  # the head's gradient is made, and the embedding's
+            backward += (Matmul(out, into, self.tokens),) if last else ()
         # The loss in float32: the logits are written, cast, exponentiated, summed; backward, made a gradient and cast.
         forward_bytes, backward_bytes = (10.0, 8.0) if self.program.fused else (14.0, 12.0)
         tables = cleared = 0.0
@@ -279,13 +277,15 @@ class _Sizes:
             forward_bytes, backward_bytes = 24.0, 8.0
             # The head's gradient is cleared, scaled by the sum's; the embedding's is cleared, or added to it if tied.
             tables, cleared = 12.0 * table * last, table * (4.0 * first + 12.0 * (self.tied and first and last))
+        embedding_back = 2 * embedding + cleared
+        if self.adapters:
+            tables = embedding_back = 0.0
         return Stage(
             blocks,
             recomputed_blocks(blocks, self.config.compute.recompute),
             Kernels(forward, 0.0, 0.0, embedding, forward_bytes * logits, 6 * last + 2 * first),
-            Kernels(
-                backward, 0.0, 0.0, 2 * embedding + cleared, backward_bytes * logits + tables, 8 * last + 2 * first
-            ),
+            Kernels(backward, 0.0, 0.0, embedding_back, backward_bytes * logits + tables, 8 * last + 2 * first),
+            entries=int(first and self.adapters is not None),
         )
 
     def fresh_bytes(self, own: Iterable[OwnStage]) -> float:
@@ -307,6 +307,7 @@ class _Sizes:
         table = mapped(self.vocab, self.hidden)
         first, last = any(stage.first for stage in own), any(stage.last for stage in own)
         tables = first + last + (self.tied and first and last)  # a tied one's two gradients make a third
+        tables *= self.adapters is None
         return sum(len(stage.layers) for stage in own) * block + tables * table + last * logits
 
 
@@ -323,3 +324,29 @@ def stage_parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) ->
         table = model.vocab_size * model.hidden_size
         count += table * (stage.first + (stage.last and not (stage.first and model.tie_word_embeddings)))
     return count / layout.tensor
+
+
+def held_parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) -> float:
+    """Return the same with adapters, and without the matrices in 4 bits, which aren't cut over data ranks."""
+    own = list(own)
+    if config.adapter is None:
+        return stage_parameters(config, layout, own)
+    layers = sum(len(stage.layers) for stage in own)
+    whole = stage_parameters(config, layout, own) - layers * packed_weights(config, layout)
+    return whole + trained_parameters(config, layout, own)
+
+
+def packed_weights(config: Config, layout: Layout) -> int:
+    """Return how many weights of a block are in 4 bits on a tensor rank."""
+    if config.adapter is None or config.adapter.base != "nf4":
+        return 0
+    return sum(one.outputs * one.inputs for one in adapted_matrices(config.model, config.adapter, layout.tensor))
+
+
+def trained_parameters(config: Config, layout: Layout, own: Iterable[OwnStage]) -> float:
+    """Return how many parameters a rank of this place trains, all cuts over data ranks aside."""
+    if config.adapter is None:
+        return stage_parameters(config, layout, own)
+    layers = sum(len(stage.layers) for stage in own)
+    matrices = adapted_matrices(config.model, config.adapter, layout.tensor)
+    return float(layers * sum(config.adapter.num_params_of((one.outputs, one.inputs)) for one in matrices))

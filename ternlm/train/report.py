@@ -78,7 +78,7 @@ class Reporter:
         tokens = sum(batch.tokens_BT.numel() for batch in facts.microbatches)
         pairs = sum(squared_lengths(batch.lengths) for batch in facts.microbatches)
         repeated = config.compute.recompute if config.compute.recompute_keep == "nothing" else 0.0
-        flops = training_flops(config.model, tokens, pairs, repeated)
+        flops = training_flops(config.model, tokens, pairs, repeated, config.adapter)
         self._throughput.record(tokens, seconds, flops, self._run.loader.wait_seconds)
 
     def _metrics(self, facts: StepFacts) -> dict[str, float]:
@@ -92,7 +92,8 @@ class Reporter:
         metrics["grad/norm"] = facts.norm
         for optimizer in run.optimizers:
             metrics[f"lr/{type(optimizer).__name__.lower()}"] = optimizer.param_groups[0]["lr"]
-        metrics["optimizer/beta2"] = run.optimizers[0].param_groups[0]["betas"][1]
+        if "betas" in run.optimizers[0].param_groups[0]:
+            metrics["optimizer/beta2"] = run.optimizers[0].param_groups[0]["betas"][1]
         if run.scaler:
             metrics["scaler/scale"] = run.scaler.scale
         metrics["train/tokens"] = progress.tokens

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ternlm.config import Config
 from ternlm.config.layout import Layout
 from ternlm.config.section import UserError
+from ternlm.model.linear import adapted
 from ternlm.monitor.memory import device_memory, held_memory, memory_of_others
 from ternlm.parallel.launch import Launch
 from ternlm.parallel.pieces import local_tensor
@@ -52,11 +53,20 @@ class ShortageGuard:
 
     def __init__(self, config: Config, layout: Layout, launch: Launch, device: torch.device, cluster: Cluster | None):
         """cluster: None where nothing is known of the devices."""
-        self.run: Run | None = None
-        """To be given once it is set up."""
+        self._run: Run | None = None
+        self._frozen: list[Tensor] = []
         self._config, self._layout, self._launch = config, layout, launch
         self._device, self._cluster = device, cluster
         self._before = memory_of_others(device) if device.type == "cuda" else held_memory(device)
+
+    @property
+    def run(self) -> Run | None:
+        """The run; to be given once it is set up, between steps, when its frozen weights are as they are kept."""
+        return self._run
+
+    @run.setter
+    def run(self, run: Run | None) -> None:
+        self._run, self._frozen = run, frozen_weights(run.model) if run else []
 
     def warn(self) -> None:
         """Warn of a run that is predicted to need more memory than there is."""
@@ -75,7 +85,7 @@ class ShortageGuard:
             return
         found = _ASKED.search(str(shortage))
         asked = float(found[1]) * _UNITS[found[2]] if found else 0.0
-        parts = _held(self.run, self._before) if self.run else {}
+        parts = _held(self.run, self._frozen, self._before) if self.run else {}
         held = Held(parts, asked, self._there, self._before)
         where = f"rank {self._launch.rank} {self._moment(error)}"
         if _in(error, train_step) or not parts:
@@ -106,10 +116,17 @@ def _in(error: BaseException, function: Callable[..., Any]) -> bool:
     return any(frame.f_code is function.__code__ for frame, _ in frames)
 
 
-def _held(run: Run, before: int) -> dict[str, float]:
+def frozen_weights(model: nn.Module) -> list[Tensor]:
+    """Return what this rank holds of weights that aren't trained, those in 4 bits too."""
+    frozen = [local_tensor(parameter) for parameter in model.parameters() if not parameter.requires_grad]
+    packed = (linear.packed for linear in adapted(model).values())
+    return frozen + [part for weight in packed if weight for part in (weight.codes, weight.scales)]
+
+
+def _held(run: Run, frozen: list[Tensor], before: int) -> dict[str, float]:
     """Return this rank's bytes by kind."""
     # Not the model's parameters: in the midst of a step those may be whole ones that FSDP has gathered.
-    weights = [piece.shard() for piece in run.pieces]
+    weights = [*frozen, *(piece.shard() for piece in run.pieces)]
     pairs = [p.grad for piece in run.pieces for p in (piece.parameter, piece.tensor)]
     gradients = [gradient for gradient in pairs if gradient is not None]
     states = [

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ternlm.config import Config
 from ternlm.config.layout import Layout, Place, resolve_layout
 from ternlm.data.batch import Batch
+from ternlm.model.linear import adapted
 from ternlm.monitor.allocations import AllocationLedger
 from ternlm.monitor.collectives import CollectiveRecorder
 from ternlm.monitor.timeline import NominalRates, Timeline
@@ -112,9 +113,11 @@ def _make_step(config: Config, mesh: Mesh, dtype: torch.dtype, ledger: Allocatio
     """Build the run; return what trains one step of it and returns the number of its microbatches."""
     laid_out = build_laid_out(config, mesh, dtype, compile_blocks=False)
     parameters = list(laid_out.model.parameters())
-    pieces = make_pieces(laid_out.model, mesh, config.parallel.sequence)
+    made = make_pieces(laid_out.model, mesh, config.parallel.sequence)
+    pieces = [piece for piece in made if piece.parameter.requires_grad]
     optimizers = build_optimizers(pieces, config.optimizer, mesh)
-    ledger.mark("parameters", parameters)
+    packed = [linear.packed for linear in adapted(laid_out.model).values() if linear.packed]
+    ledger.mark("parameters", parameters, [(weight.codes, weight.scales) for weight in packed])
     for optimizer in optimizers:
         _count_states(optimizer, ledger)
     loss_fn = _watched_loss(config, mesh, ledger, trace)

@@ -25,3 +25,8 @@ def settings(changes=None, sequences=32, model=None):
     for section, fields in (changes or {}).items():
         table[section] = {**table.get(section, {}), **fields}
     return config_from_dict(table)
+
+
+def adapters(changes=None, **adapter):
+    """Return changes that make of a run one of adapters beside frozen weights."""
+    return {**(changes or {}), "adapter": {"rank": 8, **adapter}, "load": {"from": "somewhere"}}

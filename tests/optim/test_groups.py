@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from ternlm.config.adapter import AdapterConfig
 from ternlm.config.model import ModelConfig
 from ternlm.config.training import OptimizerConfig
 from ternlm.model.decoder import build_model
+from ternlm.model.linear import adapt
 from ternlm.optim.groups import build_optimizers
 from ternlm.parallel.mesh import one_rank
 from ternlm.parallel.pieces import make_pieces
@@ -47,3 +49,12 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tie):
     rest = {names[p] for group in adamw.param_groups for p in group["params"]}
     assert rest | taken == set(names.values())
     assert isinstance(adamw, torch.optim.AdamW)
+
+
+def test_muon_takes_all_of_low_rank_adapters():
+    lm = build_model(ModelConfig(preset="tiny"))
+    adapt(lm, AdapterConfig(rank=4), torch.float32)
+    mesh = one_rank(torch.device("cpu"))
+    trained = [piece for piece in make_pieces(lm, mesh) if piece.parameter.requires_grad]
+    (muon,) = build_optimizers(trained, OptimizerConfig(kind="muon"), mesh)
+    assert sum(len(group["params"]) for group in muon.param_groups) == len(trained) == 2 * 2 * 7

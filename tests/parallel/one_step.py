@@ -46,8 +46,12 @@ class OneStep:
         self.layout = resolve_layout(config, dist.get_world_size())
         self.mesh = make_mesh(self.layout, rank, self.device)
         self.laid_out = build_laid_out(config, self.mesh, torch.float32, compile_blocks=False)
-        self.pieces = make_pieces(self.laid_out.model, self.mesh, config.parallel.sequence)
-        fill_pieces(self.pieces, config)
+        pieces = make_pieces(self.laid_out.model, self.mesh, config.parallel.sequence)
+        fill_pieces(pieces, config)
+        for piece in pieces:
+            if piece.name.endswith(".magnitude"):  # of zero, nothing would get a gradient
+                piece.shard().detach().fill_(1.0)
+        self.pieces = [piece for piece in pieces if piece.parameter.requires_grad]
         self.optimizers = build_optimizers(self.pieces, config.optimizer, self.mesh)
         loss = config.loss.model_copy(update={"chunk_tokens": chunk_tokens(config)})
         self.loss_fn = next_token_loss(loss, torch.ones(config.model.vocab_size, dtype=torch.int32))

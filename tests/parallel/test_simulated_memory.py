@@ -3,12 +3,15 @@
 import pytest
 from one_step import OneStep, settings
 from ranks import run_ranks
+from small_runs import adapters
 
 LAYOUTS = {
     "zero1, accumulated": {"microbatches": 3},
     "zero3": {"sharding": {"params": -1, "grads": -1}, "microbatches": 2},
     "tensor": {"parallel": {"tensor": 2}},
     "1f1b": {"parallel": {"pipeline": 2}, "microbatches": 2},
+    "adapters, zero1": adapters({"microbatches": 2}),
+    "adapters, tensor": adapters({"parallel": {"tensor": 2}}, kind="dora"),
 }
 MODEL = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 320}
 TOKENS = 256
@@ -16,6 +19,7 @@ STEPS = 10
 RESIDUAL = TOKENS * MODEL["hidden_size"] * 4  # one tensor between two blocks
 # What gloo held on to in the best of the steps.
 LATE = {"tensor": RESIDUAL, "1f1b": RESIDUAL, "zero3": 2 * RESIDUAL}
+LATE |= {"adapters, zero1": 256, "adapters, tensor": RESIDUAL}
 
 
 def larger(changes):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 from one_step import OneStep, settings
 from ranks import run_ranks
+from small_runs import adapters
 
 from ternlm.planner.step_traffic import step_traffic
 
@@ -31,6 +32,15 @@ LAYOUTS = {
             "compute": {"recompute": 0.5},
         },
         "1f1b": {"parallel": {"pipeline": 2}, "microbatches": 3},
+        "adapters, zero1, accumulated": adapters({"microbatches": 3}),
+        "adapters, zero3": adapters({"sharding": {"params": -1, "grads": -1}, "microbatches": 2}, kind="dora"),
+        "adapters, tensor, recomputed": adapters(
+            {"parallel": {"tensor": 2}, "compute": {"recompute": 1.0}, "microbatches": 2}, kind="dora"
+        ),
+        "adapters, tensor without sequence": adapters(
+            {"parallel": {"tensor": 2, "sequence": False}}, targets=["o_proj", "down_proj"]
+        ),
+        "adapters, 1f1b": adapters({"parallel": {"pipeline": 2}, "microbatches": 3}),
     },
     4: {
         "zero1 in pairs": {"sharding": {"optimizer": 2}, "microbatches": 3},

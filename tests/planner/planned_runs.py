@@ -5,20 +5,14 @@ from small_runs import settings
 from ternlm.config import Config
 from ternlm.config.layout import Layout, resolve_layout
 from ternlm.planner.step_time import StepTime, describe_step, step_time
-from ternlm.planner.work import Kernels, step_work
+from ternlm.planner.work import step_work
 
 
 def counted_flops(config: Config, layout: Layout, stage: int = 0) -> float:
     """Return the operations that one rank of a pipeline stage does in a step, as work.py lists them."""
     work = step_work(config, layout)
     own = work.stages[stage]
-    parts: list[tuple[int, Kernels]] = [
-        (own.blocks, work.forward),
-        (own.blocks, work.backward),
-        (own.recomputed, work.again),
-        (1, own.ends_forward),
-        (1, own.ends_backward),
-    ]
+    parts = [*work.forward_of(own), *work.backward_of(own)]
     return work.microbatches * sum(count * kernels.flops for count, kernels in parts)
 
 

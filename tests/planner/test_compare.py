@@ -86,7 +86,7 @@ def test_only_ranks_of_the_stage_that_the_prediction_is_of_are_compared():
 
 
 def test_memory_is_warned_of_beyond_the_bound_without_its_reserve():
-    memory = Memory({"weights": 2 * GIB, "activations": 6 * GIB, "reserve": 4 * GIB}, 0, 1.0, 1.0)
+    memory = Memory({"weights": 2 * GIB, "activations": 6 * GIB, "reserve": 4 * GIB}, 0, 1.0, 1.0, 0.0, 1.0)
     assert memory_alarm(8.7 * GIB, memory, 0.1) is None
     alarm = memory_alarm(10 * GIB, memory, 0.1)
     assert alarm is not None

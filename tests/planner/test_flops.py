@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ternlm.config.adapter import ALL_TARGETS, AdapterConfig
 from ternlm.config.model import ModelConfig
 from ternlm.model.decoder import build_model
+from ternlm.model.linear import adapt
 from ternlm.planner.flops import (
     ancestor_flops_per_token,
     forward_flops,
@@ -72,12 +74,10 @@ def test_squared_lengths_sums_over_rows_and_segments():
     assert squared_lengths([(3, 1), (4,)]) == 9 + 1 + 16
 
 
-@pytest.mark.parametrize("config", [TINY, GQA], ids=["mha", "gqa"])
-@pytest.mark.parametrize("segments", [(64,), (40, 16, 8)], ids=["one document", "packed"])
-def test_counts_equal_what_torch_counts_on_the_real_model(config, segments):
+def count(model, segments):
+    """Return the operations of a forward and of a backward pass of the real model, as torch counts them."""
     torch.set_num_threads(1)
-    model, T = build_model(config), sum(segments)
-    bounds = [sum(segments[:i]) for i in range(len(segments) + 1)]
+    T, bounds = sum(segments), [sum(segments[:i]) for i in range(len(segments) + 1)]
 
     def attend(q, k, v, layer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -95,8 +95,44 @@ def test_counts_equal_what_torch_counts_on_the_real_model(config, segments):
         logits = model.lm_head(model(torch.zeros(1, T, dtype=torch.long), positions, attend))
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
 
+
+@pytest.mark.parametrize("config", [TINY, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("segments", [(64,), (40, 16, 8)], ids=["one document", "packed"])
+def test_counts_equal_what_torch_counts_on_the_real_model(config, segments):
+    forward, backward = count(build_model(config), segments)
+    tokens, pairs = sum(segments), squared_lengths([segments])
+    assert forward == forward_flops(config, tokens, pairs).full
+    assert forward + backward == training_flops(config, tokens, pairs).full
+
+
+@pytest.mark.parametrize("config", [TINY, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize(
+    "targets",
+    [ALL_TARGETS, ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)],
+    ids=lambda targets: " ".join(targets) if targets != ALL_TARGETS else "all",
+)
+def test_a_run_of_adapters_counts_what_torch_counts_on_the_real_model(config, targets):
+    adapter, segments = AdapterConfig(rank=8, targets=targets), (40, 24)
+    model = build_model(config)
+    adapt(model, adapter, torch.float32)
     pairs = squared_lengths([segments])
-    assert forward.get_total_flops() == forward_flops(config, T, pairs).full
-    total = forward.get_total_flops() + backward.get_total_flops()
-    assert total == training_flops(config, T, pairs).full
+    counted = training_flops(config, 64, pairs, adapter=adapter)
+    assert sum(count(model, segments)) == counted.full
+    assert counted.full < training_flops(config, 64, pairs).full
+
+
+def test_recomputed_adapters_run_again_with_their_blocks():
+    adapter = AdapterConfig(rank=8)
+    none, every = (training_flops(TINY, 64, 64**2, share, adapter) for share in (0, 1))
+    model = build_model(TINY)
+    adapt(model, adapter, torch.float32)
+    head = 2 * TINY.vocab_size * TINY.hidden_size * 64
+    assert every.hardware - none.hardware == count(model, (64,))[0] - head
+    assert none.full == none.hardware == every.full
+
+
+def test_doras_lengths_of_rows_are_not_counted():
+    lora, dora = (training_flops(TINY, 64, 64**2, adapter=AdapterConfig(kind=kind)) for kind in ("lora", "dora"))
+    assert lora == dora

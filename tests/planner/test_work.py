@@ -3,7 +3,7 @@
 import pytest
 import torch
 from planned_runs import counted_flops
-from small_runs import settings
+from small_runs import adapters, settings
 
 from ternlm.config.layout import Layout, resolve_layout
 from ternlm.config.model import PRESETS, ModelConfig
@@ -14,6 +14,8 @@ from ternlm.planner.step_traffic import parameters
 from ternlm.planner.work import Program, step_work
 from ternlm.train.simulate import simulate
 
+FEW = {"batch": {"global_sequences": 2}}
+RECOMPUTED = {"compute": {"recompute": 1.0}}
 LAYOUTS = {
     "one rank": (1, {}),
     "one rank, recomputed": (1, {"compute": {"recompute": 1.0}}),
@@ -27,9 +29,30 @@ LAYOUTS = {
     "1f1b, recomputed": (4, {"parallel": {"pipeline": 4}, "compute": {"recompute": 1.0}}),
     "interleaved": (8, {"parallel": {"pipeline": 2, "pipeline_schedule": "interleaved", "stages_per_rank": 2}}),
     "zero bubble": (8, {"parallel": {"pipeline": 2, "pipeline_schedule": "zero_bubble"}}),
+    "adapters": (1, adapters(FEW)),
+    "adapters, dora, recomputed": (1, adapters({**FEW, **RECOMPUTED}, kind="dora")),
+    "adapters, recomputed, keeping products": (
+        1,
+        adapters({**FEW, "compute": {"recompute": 1.0, "recompute_keep": "matmuls"}}),
+    ),
+    "adapters, some matrices": (1, adapters(FEW, targets=["q_proj", "v_proj"])),
+    "adapters, late matrices": (1, adapters(FEW, targets=["gate_proj", "down_proj"])),
+    "adapters, float32 base": (1, adapters(FEW, base="float32")),
+    "adapters, 4 bits": (1, adapters(FEW, base="nf4")),
+    "adapters, 4 bits, recomputed": (1, adapters({**FEW, **RECOMPUTED}, base="nf4")),
+    "adapters, zero1": (8, adapters()),
+    "adapters, zero3, dora": (8, adapters({"sharding": {"params": -1, "grads": -1}}, kind="dora")),
+    "adapters, zero3, 4 bits": (8, adapters({"sharding": {"params": -1, "grads": -1}}, base="nf4")),
+    "adapters, tensor": (2, adapters({**FEW, "parallel": {"tensor": 2}})),
+    "adapters, tensor, dora, recomputed": (
+        8,
+        adapters({"parallel": {"tensor": 2, "sequence": False}, **RECOMPUTED}, kind="dora"),
+    ),
+    "adapters, ring": (8, adapters({"parallel": {"context": 2}})),
+    "adapters, 1f1b": (8, adapters({"parallel": {"pipeline": 2}})),
 }
 TOKENS = 256  # of the longest sequence that every preset has
-QUICK = ("zero1", "tensor, recomputed", "1f1b")
+QUICK = ("zero1", "tensor, recomputed", "1f1b", "adapters", "adapters, zero3, dora", "adapters, tensor")
 
 
 def each_layout():

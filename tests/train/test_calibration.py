@@ -14,11 +14,12 @@ from ternlm.config.layout import Layout
 from ternlm.config.section import ConfigError
 from ternlm.parallel.launch import Launch
 from ternlm.planner.cluster import Cluster, Links, Rates
+from ternlm.planner.kernels import Kernels, Matmul
 from ternlm.planner.known import find_cluster
 from ternlm.planner.step_time import describe_step, step_time
 from ternlm.planner.times import Network, kernel_seconds, matmul_seconds
 from ternlm.planner.traffic import Traffic
-from ternlm.planner.work import LARGEST_IN_HEAP, Kernels, Matmul, cpu_chunk_tokens, step_work
+from ternlm.planner.work import LARGEST_IN_HEAP, cpu_chunk_tokens, step_work
 from ternlm.train.calibration.calibrate import calibrate
 from ternlm.train.calibration.clock import Clock, Samples
 from ternlm.train.calibration.cluster_file import render_cluster

@@ -8,7 +8,10 @@ import pytest
 import torch
 from started import write_data, write_recipe
 
-from ternlm.train.shortage import find_shortage
+from ternlm.config import AdapterConfig, ModelConfig
+from ternlm.model.decoder import build_empty_model
+from ternlm.model.linear import adapt
+from ternlm.train.shortage import find_shortage, frozen_weights
 
 # `tern` under a limit of so many MiB beyond what its libraries take.
 LIMITED = """
@@ -77,6 +80,15 @@ def test_what_is_a_shortage_and_what_isnt():
     assert find_shortage(RuntimeError("shapes don't match")) is None
     assert find_shortage(ValueError("DefaultCPUAllocator: can't allocate memory")) is None
     assert find_shortage(None) is None
+
+
+@pytest.mark.parametrize(("base", "bits"), [("bfloat16", 16), ("nf4", 4.5)])
+def test_frozen_weights_are_held_too(base, bits):
+    config, adapter = ModelConfig(preset="tiny"), AdapterConfig(base=base)
+    model = build_empty_model(config, torch.device("cpu"), lambda empty: adapt(empty, adapter, torch.bfloat16))
+    matrices = config.num_hidden_layers * (4 * 64 * 64 + 3 * 64 * 256)
+    held = sum(tensor.nbytes for tensor in frozen_weights(model))
+    assert held == matrices * bits / 8 + 2 * (config.num_params - matrices)
 
 
 def _wrap(error):

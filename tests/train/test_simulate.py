@@ -6,6 +6,7 @@ import pytest
 import small_runs
 import torch
 import torch.distributed as dist
+from small_runs import adapters
 
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
@@ -30,13 +31,40 @@ def settings(changes=None, sequences=16):
 
 
 FOUR = {"num_hidden_layers": 4}
+ZERO3 = {"sharding": {"params": -1, "grads": -1}}
+ATTENTION_LAST = ["o_proj", "up_proj"]
 IN_TURN = {"pipeline": 2, "stages_per_rank": 2}
 LAYOUTS = {
     "zero3 in a node, optimizer over all": (32, {"sharding": {"params": 4, "grads": 4, "optimizer": -1}}),
     "heads exchanged": (8, {"parallel": {"context": 2, "context_method": "all_to_all"}}),
+    "adapters, zero3": (8, adapters(ZERO3)),
+    "adapters, tensor": (2, adapters({"parallel": {"tensor": 2}}, kind="dora")),
     "tensor, 1f1b, zero1": (16, {"parallel": {"tensor": 2, "pipeline": 2}, "sharding": {"optimizer": 2}}),
 }
 MORE_LAYOUTS = {
+    "adapters, zero1, dora": (8, adapters(kind="dora")),
+    "adapters, replicated": (8, adapters({"sharding": {"optimizer": 1}})),
+    "adapters in fours, optimizer over all": (
+        16,
+        adapters({"sharding": {"params": 4, "grads": 4, "optimizer": -1}}, kind="dora", base="float32"),
+    ),
+    "adapters, in 4 bits": (8, adapters(ZERO3, base="nf4")),
+    "adapters, muon": (8, adapters({"optimizer": {"kind": "muon"}, "sharding": {"grads": 2, "optimizer": 4}})),
+    "adapters, tensor, recomputed": (
+        8,
+        adapters({"parallel": {"tensor": 2}, "compute": {"recompute": 1.0}}, kind="dora"),
+    ),
+    "adapters, tensor, some matrices": (2, adapters({"parallel": {"tensor": 2}}, targets=ATTENTION_LAST)),
+    "adapters, tensor, float32 base": (
+        2,
+        adapters({"parallel": {"tensor": 2, "sequence": False}}, targets=["down_proj"], base="float32"),
+    ),
+    "adapters, ring, half recomputed": (8, adapters({"parallel": {"context": 2}, "compute": {"recompute": 0.5}})),
+    "adapters, 1f1b": (8, adapters({"parallel": {"pipeline": 2}})),
+    "adapters, zero bubble in a V": (
+        8,
+        adapters({"model": FOUR, "parallel": {**IN_TURN, "pipeline_schedule": "zero_bubble"}}),
+    ),
     "replicated": (16, {"sharding": {"optimizer": 1}}),
     "zero1 in a node": (32, {"sharding": {"optimizer": 8}}),
     "zero1, accumulated": (8, {}),
@@ -158,6 +186,26 @@ def test_the_operations_are_those_of_the_planner():
     # The kernel's backward computes the scores once more: 5 products where the convention counts 4.
     attention = 4 * config.model.num_attention_heads * config.model.head_size * config.model.num_hidden_layers
     assert simulation.flops == counted + attention * tokens**2 / 4
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_of_a_run_of_adapters_the_optimizer_holds_the_adapters_alone(kind):
+    simulation = simulate(settings(adapters(kind=kind)), 1)
+    config = settings(adapters(kind=kind))
+    trained = config.adapter.num_params(config.model)
+    rest, peak = simulation.resting_bytes, simulation.peak_bytes
+    tensors = 2 * 7 * (3 if kind == "dora" else 2)
+    assert rest["optimizer"] == 8 * trained + 4 * tensors
+    assert rest["parameters"] == 2 * config.model.num_params + 4 * trained
+    assert peak["gradients"] <= 4 * trained
+    assert rest["gradients"] == 0
+
+
+def test_weights_in_4_bits_are_simulated():
+    wide, packed = (simulate(settings(adapters(base=base)), 1) for base in ("auto", "nf4"))
+    assert packed.flops == wide.flops
+    assert packed.resting_bytes["parameters"] < 0.7 * wide.resting_bytes["parameters"]
+    assert packed.resting_bytes["activations"] < 2**12
 
 
 def test_nothing_of_the_fake_ranks_is_left_behind():

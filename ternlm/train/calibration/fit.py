@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 from statistics import mean, median
 
-from ternlm.planner.work import Matmul
+from ternlm.planner.kernels import Matmul
 
 
 @dataclass(frozen=True)

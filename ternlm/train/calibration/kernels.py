@@ -23,7 +23,7 @@ from ternlm.optim.groups import build_optimizers
 from ternlm.parallel.apply import prepare_blocks
 from ternlm.parallel.mesh import one_rank
 from ternlm.parallel.pieces import make_pieces
-from ternlm.planner.work import Matmul
+from ternlm.planner.kernels import Matmul
 from ternlm.train.objective import chunk_tokens
 from ternlm.train.precision import autocast
 

@@ -15,7 +15,8 @@ from ternlm.config.model import ModelConfig
 from ternlm.config.training import ComputeConfig
 from ternlm.parallel.apply import wants_compile
 from ternlm.planner.cluster import Rates
-from ternlm.planner.work import Kernels, step_work
+from ternlm.planner.kernels import Kernels
+from ternlm.planner.work import step_work
 from ternlm.train.calibration.clock import Clock
 from ternlm.train.calibration.fit import fit_attention, fit_matmuls, solve_stream
 from ternlm.train.calibration.kernels import (

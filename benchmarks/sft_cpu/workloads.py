@@ -29,11 +29,12 @@ class Configuration:
 CONFIGURATIONS = {
     "ternlm": Configuration("ternlm_sft.py", None, "TernLM", True),
     "ternlm-eager": Configuration("ternlm_sft.py", None, "TernLM, compile off", True),
+    "ternlm-1024": Configuration("ternlm_sft.py", None, "TernLM, two rows of 1024 a step", True),
     "trl": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd)", True),
     "trl-compile": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd), torch_compile", True),
     "trl-padded": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, a padded batch a step", True),
     "trl-single": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, samples one by one", True),
-    "trl-single-compile": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, one by one, torch_compile", True),
+    "trl-single-compile": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, samples one by one, torch_compile", True),
     "litgpt-1": Configuration("litgpt_lora.py", "litgpt", "litgpt finetune_lora, micro batch 1", False),
     "litgpt-2": Configuration("litgpt_lora.py", "litgpt", "litgpt finetune_lora, micro batch 2", False),
     "litgpt-5": Configuration("litgpt_lora.py", "litgpt", "litgpt finetune_lora, micro batch 5", False),
@@ -73,7 +74,7 @@ WORKLOADS = {
         title="adapters of rank 16 on all seven matrices of each block",
         rank=16,
         lr=2e-4,
-        configs=("ternlm", "trl", "trl-single", "trl-padded", "litgpt-1", "litgpt-5"),
+        configs=("ternlm", "trl", "trl-single", "trl-single-compile", "trl-padded", "litgpt-1", "litgpt-2"),
         aims=(Aim("trl", ratio=1.6, memory=0.7), Aim("litgpt", ratio=1.2, memory=0.7)),
     ),
     "full": Workload(
@@ -81,7 +82,7 @@ WORKLOADS = {
         title="all weights",
         rank=0,
         lr=1e-5,
-        configs=("ternlm", "trl", "trl-single", "trl-padded"),
+        configs=("ternlm", "trl", "trl-single", "trl-single-compile"),
         aims=(Aim("trl", ratio=1.6, memory=0.7),),
     ),
 }

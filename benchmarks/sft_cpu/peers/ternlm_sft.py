@@ -1,4 +1,7 @@
-"""TernLM by its public path: messages, settings, `open_sft`, `train_loop` (variant eager: compile off)."""
+"""TernLM by its public path: messages, settings, `open_sft`, `train_loop`.
+
+Variants: eager has compile off; a number is the tokens of a row, as many rows being accumulated as make the same step.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -16,12 +19,13 @@ from ternlm.train.run import set_up
 
 def make_config(job: Job) -> SftConfig:
     """Return the run's settings; whatever isn't named is TernLM's default."""
+    seq_len = int(job.variant) if job.variant.isdecimal() else job.seq_len
     settings: dict[str, Any] = {
         "out": str(Path(job.scratch) / "run"),
         "seed": job.seed,
         "load": {"from": job.model},
-        "data": {"path": str(Path(job.data) / "messages.jsonl"), "format": "messages", "seq_len": job.seq_len},
-        "batch": {"global_sequences": 1, "microbatch_sequences": 1},
+        "data": {"path": str(Path(job.data) / "messages.jsonl"), "format": "messages", "seq_len": seq_len},
+        "batch": {"global_sequences": job.seq_len // seq_len, "microbatch_sequences": 1},
         "train": {"steps": job.total_steps},
         "optimizer": {
             "lr": job.lr,
@@ -68,24 +72,30 @@ def run_ternlm(job: Job) -> None:
 
 
 def samples_of(shards: ShardSet) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the ids and labels (-100: not learnt) of every sample."""
+    """Yield the ids and labels (-100: not learnt) of every sample, up to the end of its answer.
+
+    The template's line break after it is a token more, which nothing learns.
+    """
     for index in range(shards.num_documents):
-        ids, trained = (array.tolist() for array in shards.document(index))
-        yield ids, [token if learnt else -100 for token, learnt in zip(ids, trained, strict=True)]
+        ids, trained = shards.document(index)
+        end = int(trained.nonzero()[0][-1]) + 1
+        labels = [token if learnt else -100 for token, learnt in zip(ids[:end].tolist(), trained[:end], strict=True)]
+        yield ids[:end].tolist(), labels
 
 
 def count_tokens(batches: Iterable[list[Batch]], tokens: list[int]) -> Iterator[list[Batch]]:
-    """Pass the steps' batches on, and note in `tokens` how many of each are of samples: all but the padding."""
+    """Pass the steps' batches on, and note in `tokens` how many real ones each has."""
     for microbatches in batches:
         tokens.append(sum(real_tokens(batch) for batch in microbatches))
         yield microbatches
 
 
 def real_tokens(batch: Batch) -> int:
-    """Count the tokens of segments that have something to learn: padding has nothing, each sample an answer."""
+    """Count the tokens of each sample up to the end of its answer; padding has nothing to learn, and isn't counted."""
     count = 0
     for row, lengths in zip(batch.weights_BT, batch.lengths, strict=True):
-        count += sum(len(part) for part in row.split(lengths) if part.any())
+        learnt = [part.nonzero() for part in row.split(lengths)]
+        count += sum(int(places[-1]) + 2 for places in learnt if len(places))  # a weight is of the token that follows
     return count
 
 

@@ -91,6 +91,11 @@ def resolve_layout(config: Config, world: int) -> Layout:
     layout = Layout(world, parallel.pipeline, parallel.context, parallel.tensor, params, grads, optimizer)
     config.batch.check_ranks(layout.data)
     _check_tensor(config, layout)
+    if layout.tensor > 1 and config.adapter and config.adapter.base == "nf4":
+        raise ConfigError(
+            f"adapter.base = 'nf4' needs whole matrices, and parallel.tensor = {layout.tensor} cuts them; set "
+            "adapter.base to 'auto', or parallel.tensor to 1"
+        )
     _check_context(config, layout)
     check_pipeline(config, layout)
     if config.sample.every_steps and layout.tensor * layout.pipeline > 1:

@@ -72,10 +72,4 @@ class Config(Section):
             raise ValueError("adapter is set and load.from isn't; name the model whose weights stay frozen")
         if self.adapter and self.optimizer.kind == "muon":
             raise ValueError("optimizer.kind = 'muon' is for whole matrices, not adapters; set it to 'adamw'")
-        nf4 = self.adapter is not None and self.adapter.base == "nf4"
-        if nf4 and self.parallel.tensor > 1:
-            raise ValueError(
-                f"adapter.base = 'nf4' needs whole matrices, and parallel.tensor = {self.parallel.tensor} cuts them; "
-                "set adapter.base to 'auto', or parallel.tensor to 1"
-            )
         return self

@@ -192,6 +192,7 @@ class ValidationConfig(Section):
         unit="steps",
         ge=0,
     )
+    at_start: bool = setting(False, "validate a new run before its first step, too")
     max_sequences: int = setting(256, "sequences of each validation source; 0: all of them", unit="sequences", ge=0)
     patience: int = setting(
         0,
@@ -204,7 +205,7 @@ class ValidationConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ValidationConfig":
         if not self.every_steps:
-            refuse_ignored(self, ("patience",), "every_steps = 0", "set every_steps above 0")
+            refuse_ignored(self, ("patience", "at_start"), "every_steps = 0", "set every_steps above 0")
         return self
 
 

@@ -70,9 +70,9 @@ class AdaptedLinear(Linear):
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """Return the length of each row of `W + scale B A`, float32, (O,); no matrix of W's size is made beside it."""
+        """Return the length of each row of `W + scale B A`, float32, (O,); a float32 W is read, not copied."""
         weight_OD, a_RD, b_OR = self.frozen().float(), self.lora_A.weight.float(), self.lora_B.weight.float()
-        squares = torch.linalg.vecdot(weight_OD, weight_OD)
+        squares = torch.linalg.vector_norm(weight_OD, dim=1).square()
         mixed = (b_OR * (weight_OD @ a_RD.T)).sum(1)
         own = (b_OR * (b_OR @ (a_RD @ a_RD.T))).sum(1)
         total = squares + 2 * self.scale * mixed + self.scale**2 * own

@@ -100,6 +100,8 @@ def _train(run: Run, continue_texts: Continue | None, cluster: Cluster | None) -
         if cluster and config.monitor.plan_every_steps:
             watch = stack.enter_context(closing(PlanWatch(run, cluster)))
             extras.insert(0, watch.every(lambda step: step % config.monitor.plan_every_steps == 0))
+        if config.validation.at_start and not run.progress.step:
+            reporter.report(None, 0.0, validate(run), last=False)
         train_loop(run, run.loader, reporter, extras)
     return run
 

@@ -27,8 +27,9 @@ class Configuration:
 
 
 CONFIGURATIONS = {
-    "ternlm": Configuration("ternlm_sft.py", None, "TernLM", True),
-    "ternlm-eager": Configuration("ternlm_sft.py", None, "TernLM, compile off", True),
+    "ternlm": Configuration("ternlm_sft.py", None, "TernLM, four rows of 512 a step, a third recomputed", True),
+    "ternlm-2048": Configuration("ternlm_sft.py", None, "TernLM, a row of 2048 a step", True),
+    "ternlm-eager": Configuration("ternlm_sft.py", None, "TernLM, as above, compile off", True),
     "ternlm-1024": Configuration("ternlm_sft.py", None, "TernLM, two rows of 1024 a step", True),
     "trl": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd)", True),
     "trl-compile": Configuration("trl_sft.py", "hf", "TRL SFTTrainer, packing (bfd), torch_compile", True),
@@ -74,7 +75,16 @@ WORKLOADS = {
         title="adapters of rank 16 on all seven matrices of each block",
         rank=16,
         lr=2e-4,
-        configs=("ternlm", "trl", "trl-single", "trl-single-compile", "trl-padded", "litgpt-1", "litgpt-2"),
+        configs=(
+            "ternlm",
+            "ternlm-2048",
+            "trl",
+            "trl-single",
+            "trl-single-compile",
+            "trl-padded",
+            "litgpt-1",
+            "litgpt-2",
+        ),
         aims=(Aim("trl", ratio=1.6, memory=0.7), Aim("litgpt", ratio=1.2, memory=0.7)),
     ),
     "full": Workload(
@@ -82,7 +92,7 @@ WORKLOADS = {
         title="all weights",
         rank=0,
         lr=1e-5,
-        configs=("ternlm", "trl", "trl-single", "trl-single-compile"),
+        configs=("ternlm", "ternlm-2048", "trl", "trl-single", "trl-single-compile"),
         aims=(Aim("trl", ratio=1.6, memory=0.7),),
     ),
 }

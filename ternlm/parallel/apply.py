@@ -4,9 +4,11 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from ternlm.config.parallel import ParallelConfig, ShardingConfig
 from ternlm.config.section import ConfigError
@@ -55,7 +57,23 @@ def prepare_blocks(blocks: Sequence[nn.Module], compute: ComputeConfig, compile_
         # One block's graph serves all: 8-16 s for the first step, where a whole model takes 40. Of the forward
         # alone: FSDP's hooks run around it.
         for block in blocks:
-            block.forward = torch.compile(block.forward)
+            trained = all(parameter.requires_grad for parameter in block.parameters())
+            block.forward = torch.compile(block.forward) if trained else _compiled_keeping_less(block.forward)
+
+
+def _compiled_keeping_less(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a block of adapters so that its backward makes activations anew that a product needs, such as SwiGLU's.
+
+    The default keeps them. On SmolLM2-135M with adapters this held 0.2 GiB less of 0.57, in the same time; elsewhere it
+    isn't tried.
+    """
+    compiled = torch.compile(forward)
+
+    def run(*args: Any) -> Tensor:
+        with functorch_config.patch(ban_recompute_materialized_backward=False):
+            return compiled(*args)
+
+    return run
 
 
 def wants_compile(compute: ComputeConfig, device: torch.device) -> bool:

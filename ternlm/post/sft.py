@@ -38,7 +38,7 @@ from ternlm.train.run import Run
 
 logger = logging.getLogger(__name__)
 
-_WAIT_SECONDS = 0.5
+_WAIT_SECONDS, _TELL_SECONDS = 0.5, 120.0
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,24 @@ def _prepare(
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
     folder = Path(settings.out) / "data" / f"{source.name}-{name}"
     if not first:
-        while not (folder / MANIFEST).is_file():
-            time.sleep(_WAIT_SECONDS)
+        _wait_for(folder / MANIFEST)
         return folder
     if (folder / MANIFEST).is_file():
         return folder
     prepare([path], tokenizer, folder, on_error=settings.data.on_error, conversations=options, console=console)
     return folder
+
+
+def _wait_for(file: Path) -> None:
+    """Wait until rank 0 has prepared the data; say for what, where it takes long."""
+    began, told = time.monotonic(), False
+    while not file.is_file():
+        time.sleep(_WAIT_SECONDS)
+        if not told and time.monotonic() > began + _TELL_SECONDS:
+            logger.warning(
+                "waiting for %s, which rank 0 writes; out must be on a file system that all nodes share", file
+            )
+            told = True
 
 
 def _state_of(path: Path) -> list[list[Any]]:

@@ -16,7 +16,7 @@ from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.config import AdapterConfig, Config
 from ternlm.convert.detect import is_foreign
-from ternlm.convert.peft import Adapter, check_adapter, read_adapter
+from ternlm.convert.peft import Adapter, check_adapter, is_adapter, read_adapter
 from ternlm.convert.weights import OpenModel, Weights, cut
 from ternlm.model.linear import adapted
 from ternlm.ops.nf4 import NF4
@@ -33,7 +33,7 @@ _SIGNS = (
 
 def pinned(path: Path) -> Path:
     """Return a model's own place: of a run the checkpoint that is its newest now."""
-    return path if is_foreign(path) else find_checkpoint(path)
+    return path if is_foreign(path) or is_adapter(path) else find_checkpoint(path)
 
 
 def fingerprint_of(weights: Weights) -> str:
@@ -60,7 +60,7 @@ def check_same_base(checkpoint: Path, saved: dict[str, Any] | None, now: dict[st
         )
     if saved is None or now is None:
         return
-    for name in ("kind", "rank", "targets"):
+    for name in ("kind", "rank", "alpha", "rank_stabilized", "targets", "base", "block_size"):
         before, after = saved["settings"].get(name), now["settings"].get(name)
         if before != after:
             raise CheckpointError(

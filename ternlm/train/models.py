@@ -92,9 +92,7 @@ def open_adapter(model: str | Path) -> Adapter:
         adapter = adapter_in(opened, read_state(folder))
         if adapter is not None:
             return adapter
-    raise ConfigError(
-        f"{path}: holds a whole model and no adapters; give a run that trained adapters, or PEFT's folder"
-    )
+    raise ConfigError(f"{path}: holds a whole model, no adapters; give a run that trained some, or PEFT's folder")
 
 
 @contextmanager
@@ -150,12 +148,17 @@ def _with_tokenizer(model: OpenModel, tokenizer: Tokenizer, path: Path) -> OpenM
     return replace(model, tokenizer=tokenizer, facts=facts)
 
 
+def _is_whole_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint of ours that holds all weights."""
+    return not is_foreign(path) and not is_adapter(path) and not read_state(path).get("adapter")
+
+
 def open_start(path: Path, model: ModelConfig, fingerprint: str | None) -> OpenModel | None:
-    """Open a model of another format to start from; None for a checkpoint of ours, which ranks load together.
+    """Open a model to start from; None for a whole one in a checkpoint of ours, which ranks load together.
 
     Refuses one whose shape or tokenizer isn't the run's, and says what else differs.
     """
-    start = open_foreign(path) if is_foreign(path) else None
+    start = open_model(path) if not _is_whole_checkpoint(path) else None
     if start is not None:
         saved = start.config
         check_model(path, saved, start.tokenizer.fingerprint if start.tokenizer else None, model, fingerprint)

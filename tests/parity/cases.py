@@ -30,8 +30,8 @@ MODEL: dict[str, dict[str, Any]] = {
     "spike": {"train": {"spike": "skip", "spike_window": 1, "steps": STEPS + 2}},
     "packing-across": {"data": {"packing": "across"}},
     "packing-pad": {"data": {"packing": "pad"}},
-    "lora": {"adapter": {"rank": 4, "alpha": 8.0}},
-    "dora": {"adapter": {"kind": "dora", "rank": 3, "alpha": 6.0}},
+    "lora": {"adapter": {"rank": 4, "alpha": 8.0}, "load": {"from": "base"}},
+    "dora": {"adapter": {"kind": "dora", "rank": 3, "alpha": 6.0}, "load": {"from": "base"}},
 }
 LAYOUT: dict[str, Callable[[int], dict[str, Any]]] = {
     "tensor": lambda degree: {"parallel": {"tensor": degree, "sequence": False}},

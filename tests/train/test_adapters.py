@@ -4,17 +4,21 @@ import shutil
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch.nn.utils import parameters_to_vector
 
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.config import ConfigError
+from ternlm.config.layout import resolve_layout
 from ternlm.convert.export_hf import export_hf
 from ternlm.convert.fill import fill_model
 from ternlm.convert.peft import ConvertError, read_adapter, write_adapter
 from ternlm.convert.weights import OpenModel
 from ternlm.model.decoder import build_model
 from ternlm.ops.attention import make_segment_attend
+from ternlm.parallel.mesh import make_mesh
+from ternlm.train import run as train_run
 from ternlm.train.loop import train_step
 from ternlm.train.models import open_adapter, open_model
 from ternlm.train.run import set_up
@@ -211,3 +215,44 @@ def test_frozen_weights_in_bfloat16_train_in_float32(adapted_config):
     dtypes = {name.split(".")[-2] in ("lora_A", "lora_B"): p.dtype for name, p in run.model.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     assert run.progress.updates == 2
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 2}], ids=["whole", "more adapters"])
+def test_training_goes_on_from_adapters_put_in(adapted_config, make_config, tmp_path, adapter):
+    first = saved(trained(adapted_config("first"), 4))
+    write_adapter(open_adapter(first.folder), tmp_path / "peft")
+    for name, start in (("run", first.folder), ("peft", tmp_path / "peft")):
+        more = {} if adapter is None else {"adapter": adapter}
+        second = set_up(make_config(f"second-{name}", load={"from": str(start)}, **more))
+        torch.testing.assert_close(logits(second.model, TOKENS), logits(first.model, TOKENS), rtol=1e-5, atol=1e-5)
+        with second.loader:
+            train_step(second, next(second.loader))
+        saved(second)
+        found, wanted = logits(whole(open_model(second.folder)), TOKENS), logits(second.model, TOKENS)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def losses_on_ranks(config):
+    train_run.find_tokenizer = lambda data: None  # as `make_config` has it in its own process
+    layout = resolve_layout(config, torch.distributed.get_world_size())
+    return losses_of(config, make_mesh(layout, torch.distributed.get_rank(), CPU))
+
+
+def losses_of(config, mesh=None):
+    run = set_up(config, "never", mesh)
+    with run.loader:
+        return [train_step(run, next(run.loader)).loss.mean for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "dtype", "allowed"),
+    [({"base": "nf4"}, "float32", 1e-5), ({"kind": "dora", "base": "nf4"}, "float32", 1e-5), ({}, "bfloat16", 5e-3)],
+    ids=str,
+)
+def test_two_ranks_train_frozen_weights_of_other_formats_as_one_does(adapted_config, adapter, dtype, allowed):
+    compute = {"dtype": dtype}
+    alone = losses_of(adapted_config("alone", adapter=adapter, compute=compute))
+    sharding = {"params": 2, "grads": 2, "optimizer": 2}
+    together = adapted_config("together", adapter=adapter, compute=compute, sharding=sharding)
+    for found in run_ranks(2, losses_on_ranks, together):
+        assert found == pytest.approx(alone, rel=allowed)

@@ -15,7 +15,20 @@ import typer
 from ternlm.cli.calibrate import calibrate
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign, merge_adapter
 from ternlm.cli.data import data
-from ternlm.cli.options import Device, Dtype, Model, Overrides, Penalty, Recipe, Resume, Seed, Temperature, TopK, TopP
+from ternlm.cli.options import (
+    Base,
+    Device,
+    Dtype,
+    Model,
+    Overrides,
+    Penalty,
+    Recipe,
+    Resume,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from ternlm.cli.plan import plan
 
 app = typer.Typer(
@@ -173,6 +186,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    base: Base = None,
 ) -> None:
     """Continue prompts with a trained model; a single one's text appears as it is generated."""
     from ternlm.infer.sampling import SamplingParams
@@ -180,7 +194,7 @@ def generate(
     from ternlm.train.models import loaded
 
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    with loaded(model, device, dtype) as (opened, network):
+    with loaded(model, device, dtype, base) as (opened, network):
         tokenizer = opened.tokenizer
         assert tokenizer is not None  # `loaded` has seen to it
         params = replace(sampling, stop_ids=stop_ids(tokenizer))
@@ -214,6 +228,7 @@ def chat(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    base: Base = None,
 ) -> None:
     """Talk with a model: a line is a question; /new begins anew, Ctrl-C ends an answer, Ctrl-D the conversation."""
     from ternlm.infer.chat import start_chat
@@ -222,7 +237,7 @@ def chat(
     from ternlm.train.models import loaded
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    with loaded(model, device, dtype) as (opened, network):
+    with loaded(model, device, dtype, base) as (opened, network):
         talk(start_chat(opened, network, params, protocol, system))
 
 

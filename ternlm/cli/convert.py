@@ -49,6 +49,7 @@ def export_model(
         Literal["internlm", "internlm2", "chatml", "llama3"] | None,
         typer.Option(help="The protocol that it was trained to chat with.", show_default="the model's own, if any"),
     ] = None,
+    base: Base = None,
 ) -> None:
     """Write a model for other programs."""
     from ternlm.convert.export_hf import export_hf
@@ -62,7 +63,7 @@ def export_model(
         write_adapter(open_adapter(model), out)
         typer.echo(f"{out}: an adapter")
         return
-    opened, protocol = open_model(model), PROTOCOLS[chat] if chat else None
+    opened, protocol = open_model(model, base), PROTOCOLS[chat] if chat else None
     if to == "hf":
         export_hf(opened, out, dtype, rope, max_length, int(shard_gb * 10**9), protocol)
     else:

@@ -23,7 +23,7 @@ from ternlm.config.training import (
 
 
 class LoadConfig(Section):
-    """Weights to start from; a resumed run ignores it."""
+    """Weights to start from; a resumed run needs it only for what its adapters belong to."""
 
     checkpoint: str | None = setting(
         None,

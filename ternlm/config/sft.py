@@ -16,9 +16,9 @@ from ternlm.config.section import Section, setting
 from ternlm.config.training import (
     CheckpointConfig,
     ComputeConfig,
-    Decay,
     LossConfig,
     MonitorConfig,
+    OptimizerConfig,
     SampleConfig,
     ScheduleConfig,
     TrainConfig,
@@ -92,14 +92,13 @@ class SftTrainConfig(TrainConfig):
     epochs: float = setting(3.0, "times that the data is gone through, where steps isn't given", gt=0)
 
 
-class SftOptimizerConfig(Section):
-    """AdamW; the learning rate's default depends on what is trained."""
+class SftOptimizerConfig(OptimizerConfig):
+    """As for pretraining; the learning rate's default depends on what is trained, and nothing decays."""
 
-    lr: float | None = setting(None, "peak learning rate; 1e-5 for the whole model, 2e-4 for adapters", gt=0)
-    betas: tuple[Decay, Decay] = setting((0.9, 0.95), "decay of the first and second moment", strict=False)
-    eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
+    lr: float | None = setting(  # type: ignore[assignment]
+        None, "peak learning rate; 1e-5 for the whole model, 2e-4 for adapters", gt=0
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay", ge=0)
-    clip_norm: float = setting(1.0, "largest norm of the gradient; 0: no clipping", ge=0)
 
 
 class SftScheduleConfig(ScheduleConfig):

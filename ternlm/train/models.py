@@ -41,6 +41,7 @@ def open_model(model: str | Path, base: str | Path | None = None) -> OpenModel:
     if is_adapter(path):
         return _open_adapter(path, base)
     if is_foreign(path):
+        _refuse_base(path, base)
         return open_foreign(path)
     folder = find_checkpoint(path)
     state = read_state(folder)
@@ -48,7 +49,15 @@ def open_model(model: str | Path, base: str | Path | None = None) -> OpenModel:
     facts = dict(state.get("facts", {})) | {"training": _training(state)}
     opened = OpenModel(folder, read_model_config(folder), CheckpointWeights(folder), tokenizer, facts)
     adapter = adapter_in(opened, state)
-    return _on_its_base(opened, adapter, state["adapter"], base) if adapter else opened
+    if adapter:
+        return _on_its_base(opened, adapter, state["adapter"], base)
+    _refuse_base(folder, base)
+    return opened
+
+
+def _refuse_base(path: Path, base: str | Path | None) -> None:
+    if base is not None:
+        raise ConfigError(f"--base {base} has no effect: {path} holds a whole model, no adapters; leave it out")
 
 
 def _on_its_base(opened: OpenModel, adapter: Adapter, described: dict[str, Any], base: str | Path | None) -> OpenModel:
@@ -96,13 +105,15 @@ def open_adapter(model: str | Path) -> Adapter:
 
 
 @contextmanager
-def loaded(name: str, device: str = "auto", dtype: str = "auto") -> Iterator[tuple[OpenModel, CausalLM]]:
+def loaded(
+    name: str, device: str = "auto", dtype: str = "auto", base: str | None = None
+) -> Iterator[tuple[OpenModel, CausalLM]]:
     """Open a model by path or name and put its weights on a device, to be run inside this context.
 
-    device, dtype: as `compute.device` and `compute.dtype`. Raises ConfigError where the model has no tokenizer, before
-    its weights are read.
+    device, dtype: as `compute.device` and `compute.dtype`. base: as for `open_model`. Raises ConfigError where the
+    model has no tokenizer, before its weights are read.
     """
-    opened = open_model(name)
+    opened = open_model(name, base)
     if opened.tokenizer is None:
         raise ConfigError(f"{name}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
     place = choose_device(device)

@@ -256,3 +256,15 @@ def test_two_ranks_train_frozen_weights_of_other_formats_as_one_does(adapted_con
     together = adapted_config("together", adapter=adapter, compute=compute, sharding=sharding)
     for found in run_ranks(2, losses_on_ranks, together):
         assert found == pytest.approx(alone, rel=allowed)
+
+
+def test_a_base_is_named_where_it_moved_and_refused_where_there_is_no_adapter(adapted_config, make_config, base):
+    run = saved(trained(adapted_config(), 2))
+    wanted = logits(whole(open_model(run.folder)), TOKENS)
+    moved = base.parents[3] / "moved"
+    shutil.move(base, moved)
+    torch.testing.assert_close(logits(whole(open_model(run.folder, moved)), TOKENS), wanted, rtol=0, atol=0)
+    with pytest.raises(
+        ConfigError, match=r"--base .* has no effect: .* holds a whole model, no adapters; leave it out"
+    ):
+        open_model(moved, moved)

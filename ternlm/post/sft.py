@@ -207,4 +207,12 @@ def _tell(ready: FineTuning) -> None:
             100 * tokens / (rows * config.data.seq_len),
             f"; too long: {', '.join(lost)}" if lost else "",
         )
-    logger.info("%s steps of %s sequences", f"{config.train.steps:,}", config.batch.global_sequences)
+    whole = config.model.num_params
+    trained = config.adapter.num_params(config.model) if config.adapter else whole
+    logger.info(
+        "%s steps of %s sequences; %.4g M of %.4g M parameters are trained",
+        f"{config.train.steps:,}",
+        config.batch.global_sequences,
+        trained / 1e6,
+        (whole + trained if config.adapter else whole) / 1e6,
+    )

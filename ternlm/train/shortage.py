@@ -17,6 +17,7 @@ from ternlm.monitor.memory import device_memory, held_memory, memory_of_others
 from ternlm.parallel.launch import Launch
 from ternlm.parallel.pieces import local_tensor
 from ternlm.planner.cluster import Cluster
+from ternlm.planner.memory import GIB, peak_memory
 from ternlm.planner.shortage import Held, report_elsewhere, report_shortage, warn_of_shortage
 from ternlm.train.loop import train_step
 from ternlm.train.run import Run
@@ -69,7 +70,12 @@ class ShortageGuard:
         self._run, self._frozen = run, frozen_weights(run.model) if run else []
 
     def warn(self) -> None:
-        """Warn of a run that is predicted to need more memory than there is."""
+        """Say what memory the planner predicts, where it knows the device; warn where that is more than there is."""
+        if self._cluster:
+            planned = peak_memory(self._config, self._layout, self._cluster)
+            parts = [f"{kind} {size / GIB:.1f}" for kind, size in planned.parts.items() if size >= GIB / 20]
+            there = self._there / GIB
+            logger.info("planned memory: %.1f GiB of %.1f (%s)", planned.bytes / GIB, there, ", ".join(parts))
         said = warn_of_shortage(self._config, self._layout, Held({}, 0.0, self._there, self._before), self._cluster)
         if said:
             logger.warning("%s", said)

@@ -60,7 +60,10 @@ def export_model(
     if to == "peft":
         from ternlm.convert.peft import write_adapter
 
-        write_adapter(open_adapter(model), out)
+        adapter = open_adapter(model)
+        write_adapter(adapter, out)
+        if adapter.config.base == "nf4":
+            typer.echo("note: it was trained beside weights in 4 bits; load the model in 4 bits (nf4), too", err=True)
         typer.echo(f"{out}: an adapter")
         return
     opened, protocol = open_model(model, base), PROTOCOLS[chat] if chat else None

@@ -22,6 +22,7 @@ from ternlm.config.model import ModelConfig
 from ternlm.convert.files import read_json
 from ternlm.convert.weights import ConvertError, OpenModel, Weights, cut, model_shapes
 from ternlm.data.atomic import publish, sync
+from ternlm.model.linear import SHORTEST
 from ternlm.ops.nf4 import NF4
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -40,6 +41,8 @@ _IDLE: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (None, False),
     "arrow_config": (None,),
+    # Others change the weights of the model that the adapter is put beside.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -193,7 +196,7 @@ def merge(weight: Tensor, name: str, adapter: Adapter) -> Tensor:
     product = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
     merged = base + config.scale * product
     if config.kind == "dora":
-        lengths = torch.linalg.vector_norm(merged, dim=1)
+        lengths = torch.linalg.vector_norm(merged, dim=1).clamp(min=SHORTEST)
         merged *= (tensors[f"{name}.magnitude"].float() / lengths)[:, None]
     return merged.to(weight.dtype)
 

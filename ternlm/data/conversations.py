@@ -36,7 +36,9 @@ EXPECTED = (
     + ", ".join(" and ".join(pair) for pair in _PAIRS)
     + " (pairs); text"
 )
-_PREFERENCE = "is preference data (chosen, rejected), which is for preference training, not for fine-tuning"
+_PREFERENCE = (
+    "is preference data (chosen, rejected, or a label true or false), which is for preference training, not fine-tuning"
+)
 
 
 class NoAnswer(DataError):
@@ -63,7 +65,7 @@ class Conversation:
 def detect_format(record: Mapping[str, Any]) -> FormatName | None:
     """Tell the format of a record by its fields; None if it has those of none."""
     fields = {name for name, value in record.items() if value is not None}
-    if "rejected" in fields:
+    if _is_preference(record):
         return None
     if "messages" in fields:
         return "messages"
@@ -76,9 +78,13 @@ def detect_format(record: Mapping[str, Any]) -> FormatName | None:
     return "text" if "text" in fields else None
 
 
+def _is_preference(record: Mapping[str, Any]) -> bool:
+    return record.get("rejected") is not None or isinstance(record.get("label"), bool)
+
+
 def unknown_format(record: Mapping[str, Any]) -> str:
     """Say why a record has none of the formats."""
-    if "rejected" in record:
+    if _is_preference(record):
         return _PREFERENCE
     return f"has the fields {_names(record)}, which are no conversation; expected are {EXPECTED}"
 
@@ -86,6 +92,8 @@ def unknown_format(record: Mapping[str, Any]) -> str:
 def read_conversation(record: Mapping[str, Any], format: FormatName) -> Conversation:
     """Take the conversation out of a record; raises DataError with the reason where there is none to train on."""
     record = {name: value for name, value in record.items() if value is not None}
+    if _is_preference(record):
+        raise OtherFormat(_PREFERENCE)
     _check_format(record, format)
     if format == "text":
         if not _text(record["text"], "text").strip():
@@ -140,7 +148,7 @@ def _from_sharegpt(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if "from" not in item or "value" not in item:
             advice = "; they look like the format messages: call the field so" if "role" in item else ""
             raise DataError(f"{where} must have the fields from and value, not {_names(item)}{advice}")
-        if item["from"] not in _FROM:
+        if not isinstance(item["from"], str) or item["from"] not in _FROM:
             raise DataError(f"{where} is from {item['from']!r}, an unknown role (known: {', '.join(_FROM)})")
         given = {name: value for name, value in item.items() if name in ("loss", "weight")}
         message = {"role": _FROM[item["from"]], "content": item["value"], **given}

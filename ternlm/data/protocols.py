@@ -190,7 +190,7 @@ def protocol_for(
             raise DataError(f"{path}: can't be read as a chat template ({error}); give a text file, UTF-8") from error
         return ChatProtocol(template, _ends(tokenizer, template, own_stop))
     if own_template:
-        return ChatProtocol(own_template, tuple(sorted(own_stop)) or _ends(tokenizer, own_template, ()))
+        return ChatProtocol(own_template, _ends(tokenizer, own_template, own_stop))
     for protocol in PROTOCOLS.values():
         if all(token in tokenizer.markup_in(token) for token in (*protocol.stop, *protocol.names.values())):
             return protocol
@@ -218,4 +218,5 @@ def _ends(tokenizer: Tokenizer, template: str, own: Collection[str]) -> tuple[st
     known = {token for protocol in PROTOCOLS.values() for token in protocol.stop}
     written = {token for token in known if token in template and token in tokenizer.markup_in(token)}
     eos = set() if tokenizer.eos_id is None else {tokenizer.token_of(tokenizer.eos_id)}
-    return tuple(sorted({*own, *written, *eos}))
+    # First what the template itself writes, of these the tokenizer's own eos: what engines are to look for.
+    return tuple(sorted({*own, *written, *eos}, key=lambda token: (token not in template, token not in eos, token)))

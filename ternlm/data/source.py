@@ -166,12 +166,14 @@ def open_source(config: SourceConfig, data: DataConfig, *, validation: bool, fra
         validation=validation,
     )
     if source.num_sequences == 0:
-        store = source.store
+        store, lost = source.store, ""
+        if source.num_dropped:
+            lost = f"{source.num_dropped} are left out, since they are longer (too_long = {data.too_long}). "
         raise DataError(
             f"source {config.name!r} ({config.path}): no sequence of seq_len = {data.seq_len} tokens. It has "
             f"{store.num_documents} documents, {store.num_tokens} tokens; {source.num_documents} documents, "
             f"{source.num_tokens} tokens are left by min_length = {config.min_length} and as the "
-            f"{'held-out' if validation else 'training'} part at a held-out fraction of {fraction:g}. "
+            f"{'held-out' if validation else 'training'} part at data.validation_fraction = {fraction:g}. {lost}"
             "Give it more text, or change these settings"
         )
     return source

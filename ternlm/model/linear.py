@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ternlm.config.adapter import AdapterConfig
 from ternlm.ops.nf4 import NF4, nf4_linear
 
+SHORTEST = 1e-12
+"""Length that a row of zeros is taken to have, so that DoRA can divide by it."""
+
 
 class Linear(nn.Linear):
     """`x W.T + b`."""
@@ -76,7 +79,7 @@ class AdaptedLinear(Linear):
         mixed = (b_OR * (weight_OD @ a_RD.T)).sum(1)
         own = (b_OR * (b_OR @ (a_RD @ a_RD.T))).sum(1)
         total = squares + 2 * self.scale * mixed + self.scale**2 * own
-        return self.sum_over_parts(total).clamp(min=0).sqrt()
+        return self.sum_over_parts(total).clamp(min=SHORTEST**2).sqrt()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AdaptedLinear":
         super()._apply(fn, recurse)

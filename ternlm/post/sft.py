@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from ternlm.config import Config, SftConfig, config_from_dict, config_to_dict
+from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
 from ternlm.config.sft import ConversationSource
 from ternlm.convert.weights import OpenModel
@@ -29,9 +30,10 @@ from ternlm.data.source import Source, open_source
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
 from ternlm.infer.chat import answer_texts, protocol_of
 from ternlm.infer.sampling import SamplingParams
-from ternlm.infer.text import stop_ids
+from ternlm.infer.text import continue_texts, stop_ids
 from ternlm.model.decoder import CausalLM
 from ternlm.parallel.launch import find_launch, log_from
+from ternlm.train.adapters import read_start
 from ternlm.train.models import open_model
 from ternlm.train.pretrain import pretrain
 from ternlm.train.run import Run
@@ -76,7 +78,8 @@ def open_sft(settings: SftConfig, first: bool = True, console: Console | None = 
     tokenizer = load_tokenizer(settings.data.tokenizer) if settings.data.tokenizer else base.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{base.path}: has no tokenizer; name the model's own by data.tokenizer")
-    protocol = protocol_of(base, tokenizer, settings.data.chat)
+    chats = any(map(_holds_chats, (*settings.data.all_sources(), *settings.data.validation)))
+    protocol = protocol_of(base, tokenizer, settings.data.chat) if chats else ChatProtocol("", ())
     tokenizer = protocol.fit(tokenizer)
     if tokenizer.vocab_size > base.config.vocab_size:
         raise ConfigError(
@@ -92,6 +95,7 @@ def open_sft(settings: SftConfig, first: bool = True, console: Console | None = 
             found.append({"name": source.name, "path": str(folder), **weight})
         return found
 
+    _check_before_preparing(settings, base)
     training, held_out = prepared(settings.data.all_sources()), prepared(settings.data.validation)
     config = _resolve(settings, base, training, held_out)
     fraction = config.data.validation_fraction
@@ -102,6 +106,28 @@ def open_sft(settings: SftConfig, first: bool = True, console: Console | None = 
             update={"train": config.train.model_copy(update={"steps": max(math.ceil(round(steps, 6)), 1)})}
         )
     return FineTuning(config, tokenizer, protocol, _facts(base, tokenizer, protocol), sources)
+
+
+def _holds_chats(source: ConversationSource) -> bool:
+    """Whether a source may hold what a chat protocol is for."""
+    return source.format not in ("text", "internlm") and not source.path.endswith(".bin")
+
+
+def _check_before_preparing(settings: SftConfig, base: OpenModel) -> None:
+    """Refuse in the first second what would be refused once all data are prepared."""
+    longest, seq_len = base.config.max_position_embeddings, settings.data.seq_len
+    if seq_len > longest and base.config.rope_scaling.kind == "default":
+        raise ConfigError(
+            f"data.seq_len = {seq_len} must be at most {longest}, the length that {base.path} was trained for; lower it"
+        )
+    unprepared = [
+        [{"name": s.name, "path": s.path} | ({} if s.weight is None else {"weight": s.weight}) for s in sources]
+        for sources in (settings.data.all_sources(), settings.data.validation)
+    ]
+    config = _resolve(settings, base, *unprepared)
+    if not config.parallel.auto:
+        resolve_layout(config, find_launch().world)
+    read_start(config)
 
 
 def _resolve(
@@ -167,6 +193,9 @@ def _state_of(path: Path) -> list[list[Any]]:
 
 
 def _facts(base: OpenModel, tokenizer: Tokenizer, protocol: ChatProtocol) -> dict[str, Any]:
+    if not protocol.template:  # texts were trained: how the model chats is as it was
+        names = ("source", "chat_template", "generation", "eos_token")
+        return {name: base.facts[name] for name in names if name in base.facts}
     known = {name: base.facts[name] for name in ("source",) if name in base.facts}
     ends = sorted({tokenizer.id_of(token) for token in protocol.stop})
     generation = {**base.facts.get("generation", {}), "eos_token_id": ends}
@@ -174,7 +203,9 @@ def _facts(base: OpenModel, tokenizer: Tokenizer, protocol: ChatProtocol) -> dic
 
 
 def _answerer(ready: FineTuning, system: str | None) -> Any:
-    """Return what answers prompts as questions in the run's protocol."""
+    """Return what answers prompts as questions in the run's protocol; where it has none, what continues them."""
+    if not ready.protocol.template:
+        return continue_texts
     ends = frozenset(ready.tokenizer.id_of(token) for token in ready.protocol.stop) | stop_ids(ready.tokenizer)
 
     def answer(

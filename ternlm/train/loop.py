@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ternlm.checkpoint.folders import checkpoint_folder
 from ternlm.config.section import UserError
 from ternlm.data.batch import Batch
 from ternlm.optim.schedule import apply_schedule
@@ -118,6 +119,21 @@ def train_step(run: Run, microbatches: Sequence[Batch]) -> StepFacts | None:
     return StepFacts(loss, norm, spiked=verdict == "stop", microbatches=microbatches)
 
 
+def out_of_patience(run: Run) -> bool:
+    """Whether as many validations as `validation.patience` in a row were no better than the best."""
+    return 0 < run.config.validation.patience <= run.progress.worse_in_row
+
+
+def why_out_of_patience(run: Run) -> str:
+    """Say why a run ends by `out_of_patience`, and where its best model is."""
+    progress = run.progress
+    best = checkpoint_folder(run.folder, progress.best_step)
+    return (
+        f"the held-out loss has not fallen for {progress.worse_in_row} validations; it was least, "
+        f"{progress.best_loss:.4g}, after step {progress.best_step}: {best}"
+    )
+
+
 def _check_progress(run: Run, facts: StepFacts | None) -> None:
     progress = run.progress
     if progress.skipped_in_row < run.config.train.max_skipped_in_row:
@@ -164,11 +180,8 @@ def _agree(run: Run, facts: StepFacts | None, wishes: Wishes) -> tuple[str | Non
         reason = f"the stop file {train.stop_file} asked for it"
     elif run.progress.step >= train.steps:
         reason = "the last step is done"
-    elif 0 < run.config.validation.patience <= run.progress.worse_in_row:
-        reason = (
-            f"the held-out loss has not fallen for {run.progress.worse_in_row} validations; it was least, "
-            f"{run.progress.best_loss:.4g}, after step {run.progress.best_step}, whose checkpoint is kept"
-        )
+    elif out_of_patience(run):
+        reason = why_out_of_patience(run)
     elif late:
         reason = f"the time budget of {train.max_minutes:g} minutes is used up"
     return reason, bool(reason or save or due)

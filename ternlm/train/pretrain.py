@@ -24,7 +24,7 @@ from ternlm.planner.auto import cluster_of, known_cluster, take_best
 from ternlm.planner.cluster import Cluster
 from ternlm.planner.plan import make_plan
 from ternlm.train.lock import run_lock
-from ternlm.train.loop import Every, train_loop
+from ternlm.train.loop import Every, out_of_patience, train_loop, why_out_of_patience
 from ternlm.train.precision import choose_device
 from ternlm.train.report import Reporter
 from ternlm.train.run import Run, check_alike, set_up
@@ -86,6 +86,11 @@ def _train(run: Run, continue_texts: Continue | None, cluster: Cluster | None) -
         write_atomically(run.folder / "config.toml", render(config).encode())
     if run.progress.step >= config.train.steps:
         run.stopped = f"it is complete: {run.progress.step} of {config.train.steps} steps"
+        logger.info("%s: %s", run.folder, run.stopped)
+        run.loader.close()
+        return run
+    if out_of_patience(run):
+        run.stopped = why_out_of_patience(run)
         logger.info("%s: %s", run.folder, run.stopped)
         run.loader.close()
         return run

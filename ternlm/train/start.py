@@ -60,12 +60,13 @@ def open_starts(
     fingerprint = tokenizer.fingerprint if tokenizer else None
     start = described = None
     if source and config.adapter:
-        source = pinned(source)
+        source = _as_it_was(pinned(source), checkpoint)
         start = open_model(source)
         theirs = start.tokenizer.fingerprint if start.tokenizer else None
         check_model(source, start.config, theirs, config.model, fingerprint)
         described = describe_base(source, start.weights, config.adapter)
-        read_start(config)
+        if not checkpoint:
+            read_start(config)
     elif source and not checkpoint:
         start = open_start(source, config.model, fingerprint)
     if checkpoint:
@@ -74,6 +75,14 @@ def open_starts(
         check_same_base(checkpoint, read_state(checkpoint).get("adapter"), described)
         _check_same_optimizer(checkpoint, config)
     return start, described
+
+
+def _as_it_was(source: Path, checkpoint: Path | None) -> Path:
+    """Return the checkpoint that a run's adapters began with, where the run that it's of has gone on since."""
+    saved = read_state(checkpoint).get("adapter") if checkpoint else None
+    before = Path(saved["base"]) if saved else source
+    same_run = before.parent == source.resolve().parent and before.name.startswith("step-")
+    return before if same_run and before.exists() else source
 
 
 def _check_is_run(checkpoint: Path) -> None:

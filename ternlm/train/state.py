@@ -1,5 +1,6 @@
 """How far a run has come: the few numbers that are saved beside its tensors."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Progress:
 
     def judge(self, held_out_loss: float) -> None:
         """Take note of a validation after the newest step."""
-        if self.best_loss is None or held_out_loss < self.best_loss:
+        if math.isfinite(held_out_loss) and (self.best_loss is None or held_out_loss < self.best_loss):
             self.best_loss, self.best_step, self.worse_in_row = held_out_loss, self.step, 0
         else:
             self.worse_in_row += 1

@@ -183,7 +183,7 @@ def test_a_held_out_part_without_documents_is_refused(tmp_path):
     path = prepare(tmp_path / "en", [[1, 2, 3]])
     config = SourceConfig(name="en", path=str(path))
     data = DataConfig(sources=(config,), seq_len=2, validation_fraction=1e-6)
-    with pytest.raises(DataError, match="held-out part at a held-out fraction of 1e-06"):
+    with pytest.raises(DataError, match=r"held-out part at data.validation_fraction = 1e-06"):
         open_source(config, data, validation=True, fraction=1e-6)
 
 

@@ -36,9 +36,8 @@ EXPECTED = (
     + ", ".join(" and ".join(pair) for pair in _PAIRS)
     + " (pairs); text"
 )
-_PREFERENCE = (
-    "is preference data (chosen, rejected, or a label true or false), which is for preference training, not fine-tuning"
-)
+_PREFERENCE = "is preference data (chosen, rejected), which is for preference training, not for fine-tuning"
+_LABELLED = "is preference data (a label, true or false), which is for preference training, not for fine-tuning"
 
 
 class NoAnswer(DataError):
@@ -85,7 +84,7 @@ def _is_preference(record: Mapping[str, Any]) -> bool:
 def unknown_format(record: Mapping[str, Any]) -> str:
     """Say why a record has none of the formats."""
     if _is_preference(record):
-        return _PREFERENCE
+        return _PREFERENCE if "rejected" in record else _LABELLED
     return f"has the fields {_names(record)}, which are no conversation; expected are {EXPECTED}"
 
 
@@ -93,7 +92,7 @@ def read_conversation(record: Mapping[str, Any], format: FormatName) -> Conversa
     """Take the conversation out of a record; raises DataError with the reason where there is none to train on."""
     record = {name: value for name, value in record.items() if value is not None}
     if _is_preference(record):
-        raise OtherFormat(_PREFERENCE)
+        raise OtherFormat(unknown_format(record))
     _check_format(record, format)
     if format == "text":
         if not _text(record["text"], "text").strip():
@@ -125,8 +124,6 @@ def _check_format(record: Mapping[str, Any], format: FormatName) -> None:
         fits, lack = not missing, f"no {' and no '.join(map(repr, missing))}"
     if fits:
         return
-    if "rejected" in record:
-        raise OtherFormat(_PREFERENCE)
     other = detect_format(record)
     looks = f"looks like {other}" if other else f"its fields: {_names(record)}"
     raise OtherFormat(f"has {lack}, as the format {format} wants; {looks}")

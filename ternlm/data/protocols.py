@@ -218,5 +218,9 @@ def _ends(tokenizer: Tokenizer, template: str, own: Collection[str]) -> tuple[st
     known = {token for protocol in PROTOCOLS.values() for token in protocol.stop}
     written = {token for token in known if token in template and token in tokenizer.markup_in(token)}
     eos = set() if tokenizer.eos_id is None else {tokenizer.token_of(tokenizer.eos_id)}
-    # First what the template itself writes, of these the tokenizer's own eos: what engines are to look for.
-    return tuple(sorted({*own, *written, *eos}, key=lambda token: (token not in template, token not in eos, token)))
+
+    def place(token: str) -> tuple[bool, bool, bool, str]:
+        """Put first what engines are to look for: what the template writes, what the model tells, then eos."""
+        return token not in template, token not in own, token not in eos, token
+
+    return tuple(sorted({*own, *written, *eos}, key=place))

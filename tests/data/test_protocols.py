@@ -151,12 +151,12 @@ def test_the_protocol_is_found_by_name_file_template_and_tokenizer(tmp_path: Pat
     found = [protocol_for("auto", its) for its in (internlm, made(*names), chatml, llama)]
     assert found == list(PROTOCOLS.values())
     own = protocol_for("auto", internlm, "{{ 'own' }}", {"<eoh>"})
-    assert (own.template, own.stop) == ("{{ 'own' }}", ("<eoh>",))
-    assert protocol_for("auto", chatml, "own<|im_end|>").stop == ("<|endoftext|>", "<|im_end|>")
+    assert (own.template, own.stop) == ("{{ 'own' }}", ("<eoh>", "</s>"))
+    assert protocol_for("auto", chatml, "own<|im_end|>").stop == ("<|im_end|>", "<|endoftext|>")
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages[0].content }}<eoa>", "utf-8")
     mine = protocol_for(str(file), internlm, "{{ 'own' }}")
-    assert (mine.template, mine.stop) == (file.read_text("utf-8"), ("</s>", "<eoa>"))
+    assert (mine.template, mine.stop) == (file.read_text("utf-8"), ("<eoa>", "</s>"))
     assert mine.fit(internlm) is internlm
     with pytest.raises(DataError, match=r"chat = 'alpaca' is no protocol and no file; choose internlm or internlm2 or"):
         protocol_for("alpaca", internlm)

@@ -156,6 +156,27 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(make_settings):
     assert "has not fallen for 2 validations" in run.stopped
     kept = sorted(folder.name for folder in (run.folder / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (run.progress.best_step, run.progress.step)]
+    again = fine_tune(settings)
+    assert again.progress.step == run.progress.step
+    assert again.stopped == run.stopped
+    assert str(run.folder / "checkpoints" / kept[0]) in run.stopped
+
+
+def test_texts_are_trained_without_a_chat_protocol(make_settings, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "Once upon a time."}) + "\n")
+    ready = open_sft(make_settings(data={"path": str(tmp_path / "texts.jsonl"), "format": "text"}))
+    ids, trained = ready.sources[0].store.document(0)
+    assert trained is None or trained.all()
+    assert ready.tokenizer.decode(ids.tolist()) == "Once upon a time."
+    assert "SmolLM" in ready.facts["chat_template"]  # as the model had it
+
+
+def test_what_cant_be_trained_is_refused_before_the_data_are_prepared(make_settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.seq_len = 4096 must be at most 512, the length that"):
+        open_sft(make_settings(data={"seq_len": 4096}))
+    with pytest.raises(ConfigError, match="must divide the number of ranks"):
+        open_sft(make_settings(parallel={"tensor": 2}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_data_says_where_and_why(make_settings, tmp_path):

@@ -164,19 +164,30 @@ def test_an_adapter_of_pefts_is_read_and_trained_further(adapted_config, base, t
         set_up(adapted_config("other", adapter=targets | {"rank": 4}))
 
 
-def test_adapters_of_another_base_are_refused(adapted_config, make_config, base):
+def test_adapters_stay_with_the_base_that_they_began_with(adapted_config, make_config, base):
     saved(trained(adapted_config(), 1))
-    other = trained(make_config("base", train={"steps": 9}), 1)
-    saved(other)
-    moved = adapted_config()
-    moved = moved.model_copy(update={"load": moved.load.model_copy(update={"checkpoint": make_config("base").out})})
-    with pytest.raises(CheckpointError, match=r"set load.from to the model that the run began with"):
-        set_up(moved)
+    saved(trained(make_config("base", train={"steps": 9}), 1))  # goes on, and has a newer checkpoint
+    of_run = adapted_config()
+    of_run = of_run.model_copy(update={"load": of_run.load.model_copy(update={"checkpoint": make_config("base").out})})
+    assert set_up(of_run).facts["adapter"]["base"] == str(base)
     shutil.rmtree(base)
+    with pytest.raises(CheckpointError, match=r"set load\.from to the model that the run began with"):
+        set_up(of_run)
     with pytest.raises(CheckpointError, match=r"isn't there any more; put it back, or name it: --base MODEL"):
         open_model(adapted_config().out)
     with pytest.raises(CheckpointError, match="has other weights"):
         open_model(adapted_config().out, make_config("base").out)
+
+
+def test_a_base_is_told_from_itself_with_other_adapters_put_in(adapted_config, make_config):
+    first = saved(trained(adapted_config("first", adapter={"targets": ["v_proj"]}), 2))
+    second = make_config("second", load={"from": str(first.folder)}, adapter={"rank": 2})
+    saved(trained(second, 1))
+    saved(trained(adapted_config("first", adapter={"targets": ["v_proj"]}, train={"steps": 9}), 1))
+    assert set_up(second).facts["adapter"]["base"].endswith("step-00000002")
+    shutil.rmtree(first.folder / "checkpoints" / "step-00000002")
+    with pytest.raises(CheckpointError, match=r"set load\.from to the model"):  # whose norms are the same
+        set_up(second)
 
 
 def test_a_run_with_other_adapters_is_refused(adapted_config, make_config, base):

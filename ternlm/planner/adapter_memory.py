@@ -39,11 +39,11 @@ class AdapterMemory:
 
     @property
     def passing_bytes(self) -> float:
-        """What is made of the largest matrix for a moment: its weights out of 4 bits, or the squares of DoRA's rows."""
+        """What is made of the largest matrix for a moment: its weights out of 4 bits, or copied for DoRA's lengths."""
         largest = max(one.outputs * one.inputs for one in self.added)
         unpacked = (8.0 + self.element * (self.element < 4)) * (self.adapter.base == "nf4")
         wide = 4.0 * (self.kept < 4 or self.adapter.base == "nf4")
-        return largest * max(unpacked, (wide + 4.0) * self.dora)
+        return largest * max(unpacked, wide * self.dora)
 
     @property
     def product_bytes(self) -> float:

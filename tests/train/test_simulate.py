@@ -49,7 +49,6 @@ MORE_LAYOUTS = {
         adapters({"sharding": {"params": 4, "grads": 4, "optimizer": -1}}, kind="dora", base="float32"),
     ),
     "adapters, in 4 bits": (8, adapters(ZERO3, base="nf4")),
-    "adapters, muon": (8, adapters({"optimizer": {"kind": "muon"}, "sharding": {"grads": 2, "optimizer": 4}})),
     "adapters, tensor, recomputed": (
         8,
         adapters({"parallel": {"tensor": 2}, "compute": {"recompute": 1.0}}, kind="dora"),

@@ -1,5 +1,6 @@
 """The root of the settings: one training run, as the trainer takes it."""
 
+from collections.abc import Sized
 from typing import Annotated
 
 from pydantic import model_validator
@@ -32,6 +33,15 @@ class LoadConfig(Section):
     )
 
 
+def check_held_out(validation: ValidationConfig, sources: Sized, fraction: float) -> None:
+    """Raise ValueError where validations are wished for and nothing is held out: no sources, and no share of others."""
+    if validation.every_steps and not sources and not fraction:
+        raise ValueError(
+            "validation.every_steps is set but there is nothing to validate on; "
+            "set data.validation_fraction or data.validation"
+        )
+
+
 class Config(Section):
     """Everything a training run depends on."""
 
@@ -62,12 +72,7 @@ class Config(Section):
                 f"data.seq_len = {self.data.seq_len} must be at most model.max_position_embeddings = "
                 f"{self.model.max_position_embeddings}; raise the latter or set model.rope_scaling"
             )
-        held_out = bool(self.data.validation) or self.data.validation_fraction > 0
-        if self.validation.every_steps and not held_out:
-            raise ValueError(
-                "validation.every_steps is set but there is nothing to validate on; "
-                "set data.validation_fraction or data.validation"
-            )
+        check_held_out(self.validation, self.data.validation, self.data.validation_fraction)
         if self.adapter and not self.load.checkpoint:
             raise ValueError("adapter is set and load.from isn't; name the model whose weights stay frozen")
         if self.adapter and self.optimizer.kind == "muon":

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from ternlm.config.adapter import AdapterConfig
 from ternlm.config.data import BatchConfig
 from ternlm.config.parallel import OrAuto, ParallelConfig, ShardingConfig
-from ternlm.config.run import LoadConfig
+from ternlm.config.run import LoadConfig, check_held_out
 from ternlm.config.section import Section, setting
 from ternlm.config.training import (
     CheckpointConfig,
@@ -138,12 +138,7 @@ class SftConfig(Section):
     def _check(self) -> "SftConfig":
         if not self.load.checkpoint:
             raise ValueError("load.from must name the model to fine-tune: a run, a checkpoint, or a folder or name")
-        held_out = bool(self.data.validation) or self.data.validation_fraction > 0
-        if self.validation.every_steps and not held_out:
-            raise ValueError(
-                "validation.every_steps is set but there is nothing to validate on; "
-                "set data.validation_fraction or data.validation"
-            )
+        check_held_out(self.validation, self.data.validation, self.data.validation_fraction)
         return self
 
     def learning_rate(self) -> float:

@@ -5,7 +5,6 @@ Tensors are read and written a file at a time; the folder gets its name when eve
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from ternlm.config.model import ModelConfig
 from ternlm.convert.adapt import stretch, tell_shortened, with_protocol
 from ternlm.convert.hf_config import write_hf_config
 from ternlm.convert.model_card import model_card
+from ternlm.convert.new_folder import check_new, new_folder
 from ternlm.convert.weights import ConvertError, OpenModel, check_weights, overflows
 from ternlm.data import typed
-from ternlm.data.atomic import publish, sync
 from ternlm.data.chat import ChatProtocol
 from ternlm.data.tokenizer import CONFIG_FILE
 
@@ -43,29 +42,17 @@ def export_hf(
     single tensor is larger. chat: the protocol to write into the tokenizer; the source's own if not given.
     Raises ConvertError or DataError where the folder exists, the model isn't whole or can't chat so; nothing is left.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConvertError(f"{out}: exists already; choose another folder, or remove it")
+    check_new(out)
     config = stretch(model.config, rope, max_length)
     check_weights(model.path, model.config, model.weights)
     if chat is not None:
         model = with_protocol(model, chat)
     tell_shortened(model, out, write_hf_config(config)["max_position_embeddings"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as folder:
         written = _write_weights(model, folder, DTYPES.get(dtype), shard_bytes)
         _write_config(model, config, folder, written)
         _write_tokenizer(model, config, folder)
         (folder / "README.md").write_text(model_card(model, config, out.name, written), encoding="utf-8")
-        for path in folder.iterdir():
-            path.chmod(0o644)  # safetensors writes files for the owner alone
-            sync(path)
-        folder.chmod(0o755)
-        sync(folder)
-        publish(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write_weights(model: OpenModel, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> dict[str, Any]:

@@ -4,8 +4,6 @@ Adapters are tensors by the names of our parameters, `model.layers.0.self_attn.q
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +18,8 @@ from torch import Tensor
 from ternlm.config.adapter import ALL_TARGETS, AdapterConfig
 from ternlm.config.model import ModelConfig
 from ternlm.convert.files import read_json
+from ternlm.convert.new_folder import new_folder
 from ternlm.convert.weights import ConvertError, OpenModel, Weights, cut, model_shapes
-from ternlm.data.atomic import publish, sync
 from ternlm.model.linear import SHORTEST
 from ternlm.ops.nf4 import NF4
 
@@ -94,8 +92,6 @@ def read_adapter(folder: Path) -> Adapter:
 
 def write_adapter(adapter: Adapter, out: Path) -> None:
     """Write an adapter into the new folder `out`, as PEFT reads it. Raises ConvertError where the folder exists."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConvertError(f"{out}: exists already; choose another folder, or remove it")
     config = adapter.config
     content: dict[str, Any] = {
         "peft_type": "LORA",
@@ -115,26 +111,10 @@ def write_adapter(adapter: Adapter, out: Path) -> None:
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        save_file(
-            {_their_name(name): tensor.contiguous() for name, tensor in adapter.tensors.items()},
-            folder / WEIGHTS_FILE,
-            metadata={"format": "pt"},
-        )
+    with new_folder(out) as folder:
+        tensors = {_their_name(name): tensor.contiguous() for name, tensor in adapter.tensors.items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for path in folder.iterdir():
-            path.chmod(0o644)
-            sync(path)
-        folder.chmod(0o755)
-        sync(folder)
-        if out.is_dir():
-            out.rmdir()
-        publish(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def adapter_shapes(model: ModelConfig, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -192,13 +172,18 @@ def merge(weight: Tensor, name: str, adapter: Adapter) -> Tensor:
     A base that was trained in 4 bits is merged as it was trained with: rounded.
     """
     config, tensors = adapter.config, adapter.tensors
-    base = NF4.quantize(weight, config.block_size).dequantize() if config.base == "nf4" else weight.float()
+    base = as_frozen(weight, config)
     product = tensors[f"{name}.lora_B.weight"].float() @ tensors[f"{name}.lora_A.weight"].float()
     merged = base + config.scale * product
     if config.kind == "dora":
         lengths = torch.linalg.vector_norm(merged, dim=1).clamp(min=SHORTEST)
         merged *= (tensors[f"{name}.magnitude"].float() / lengths)[:, None]
     return merged.to(weight.dtype)
+
+
+def as_frozen(weight: Tensor, config: AdapterConfig) -> Tensor:
+    """Return a matrix as adapters are trained beside it, in float32: a 4-bit one is rounded."""
+    return NF4.quantize(weight, config.block_size).dequantize() if config.base == "nf4" else weight.float()
 
 
 def with_adapter(model: OpenModel, adapter: Adapter, path: Path) -> OpenModel:

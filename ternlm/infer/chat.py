@@ -12,7 +12,7 @@ from ternlm.data.protocols import ChatProtocol, protocol_for
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.infer.generate import generate
 from ternlm.infer.sampling import SamplingParams
-from ternlm.infer.text import TextStream, stop_ids
+from ternlm.infer.text import TextStream, continue_encoded, stop_ids
 from ternlm.model.decoder import CausalLM
 
 
@@ -98,11 +98,7 @@ def answer_texts(
 ) -> list[str]:
     """Return a model's answer to each conversation, which ends with what a user says."""
     prompts = [encode_chat(tokenizer, template, messages) for messages in conversations]
-    answers = []
-    for prompt, tokens in zip(prompts, generate(model, prompts, params), strict=True):
-        stream = TextStream(tokenizer, prompt)
-        answers.append(stream.add(tokens) + stream.finish())
-    return answers
+    return continue_encoded(model, tokenizer, prompts, params)
 
 
 def told_ends(facts: Mapping[str, Any]) -> set[int]:

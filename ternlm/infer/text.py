@@ -28,9 +28,15 @@ def continue_texts(
 
 def generate_texts(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], params: SamplingParams) -> list[str]:
     """Return the continuation of each prompt, without the prompt."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return continue_encoded(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], params)
+
+
+def continue_encoded(
+    model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[list[int]], params: SamplingParams
+) -> list[str]:
+    """Return the continuation of each prompt of ids, as text."""
     continuations = []
-    for prompt, tokens in zip(encoded, generate(model, encoded, params), strict=True):
+    for prompt, tokens in zip(prompts, generate(model, prompts, params), strict=True):
         stream = TextStream(tokenizer, prompt)
         continuations.append(stream.add(tokens) + stream.finish())
     return continuations

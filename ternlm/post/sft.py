@@ -91,8 +91,7 @@ def open_sft(settings: SftConfig, first: bool = True, console: Console | None = 
         found = []
         for source in sources:
             folder = _prepare(source, settings, tokenizer, protocol, first, console)
-            weight = {} if source.weight is None else {"weight": source.weight}
-            found.append({"name": source.name, "path": str(folder), **weight})
+            found.append(_as_prepared(source, folder))
         return found
 
     _check_before_preparing(settings, base)
@@ -120,14 +119,17 @@ def _check_before_preparing(settings: SftConfig, base: OpenModel) -> None:
         raise ConfigError(
             f"data.seq_len = {seq_len} must be at most {longest}, the length that {base.path} was trained for; lower it"
         )
-    unprepared = [
-        [{"name": s.name, "path": s.path} | ({} if s.weight is None else {"weight": s.weight}) for s in sources]
-        for sources in (settings.data.all_sources(), settings.data.validation)
-    ]
-    config = _resolve(settings, base, *unprepared)
+    sources = (settings.data.all_sources(), settings.data.validation)
+    config = _resolve(settings, base, *([_as_prepared(source, source.path) for source in group] for group in sources))
     if not config.parallel.auto:
         resolve_layout(config, find_launch().world)
     read_start(config)
+
+
+def _as_prepared(source: ConversationSource, path: Path | str) -> dict[str, Any]:
+    """Return the settings of a training run's source whose shards lie at `path`."""
+    weight = {} if source.weight is None else {"weight": source.weight}
+    return {"name": source.name, "path": str(path), **weight}
 
 
 def _resolve(
@@ -167,10 +169,8 @@ def _prepare(
     folder = Path(settings.out) / "data" / f"{source.name}-{name}"
     if not first:
         _wait_for(folder / MANIFEST)
-        return folder
-    if (folder / MANIFEST).is_file():
-        return folder
-    prepare([path], tokenizer, folder, on_error=settings.data.on_error, conversations=options, console=console)
+    elif not (folder / MANIFEST).is_file():
+        prepare([path], tokenizer, folder, on_error=settings.data.on_error, conversations=options, console=console)
     return folder
 
 
@@ -193,12 +193,12 @@ def _state_of(path: Path) -> list[list[Any]]:
 
 
 def _facts(base: OpenModel, tokenizer: Tokenizer, protocol: ChatProtocol) -> dict[str, Any]:
+    names = ("source", "chat_template", "generation", "eos_token")
+    known = {name: base.facts[name] for name in names if name in base.facts}
     if not protocol.template:  # texts were trained: how the model chats is as it was
-        names = ("source", "chat_template", "generation", "eos_token")
-        return {name: base.facts[name] for name in names if name in base.facts}
-    known = {name: base.facts[name] for name in ("source",) if name in base.facts}
+        return known
     ends = sorted({tokenizer.id_of(token) for token in protocol.stop})
-    generation = {**base.facts.get("generation", {}), "eos_token_id": ends}
+    generation = {**known.get("generation", {}), "eos_token_id": ends}
     return {**known, "chat_template": protocol.template, "generation": generation, "eos_token": protocol.stop[0]}
 
 

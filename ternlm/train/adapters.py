@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ternlm.checkpoint.errors import CheckpointError
 from ternlm.checkpoint.folders import find_checkpoint
 from ternlm.config import AdapterConfig, Config
 from ternlm.convert.detect import is_foreign
-from ternlm.convert.peft import Adapter, check_adapter, is_adapter, read_adapter
-from ternlm.convert.weights import OpenModel, Weights, cut
+from ternlm.convert.peft import Adapter, as_frozen, check_adapter, is_adapter, read_adapter
+from ternlm.convert.weights import Weights, cut
 from ternlm.model.linear import adapted
-from ternlm.ops.nf4 import NF4
 from ternlm.parallel.pieces import Piece
 
 logger = logging.getLogger(__name__)
@@ -105,7 +103,8 @@ def start_adapters(trained: Sequence[Piece], weights: Weights, config: Config) -
         if given:
             shard.copy_(cut(given.tensors[piece.name], tuple(piece.offset), tuple(shard.shape)))
         elif piece.name.endswith(".magnitude"):
-            lengths = _lengths(weights.read(piece.name.removesuffix("magnitude") + "weight"), adapter)
+            weight = as_frozen(weights.read(piece.name.removesuffix("magnitude") + "weight"), adapter)
+            lengths = torch.linalg.vector_norm(weight, dim=1)
             shard.copy_(cut(lengths, tuple(piece.offset), tuple(shard.shape)))
 
 
@@ -129,13 +128,13 @@ def read_start(config: Config) -> Adapter | None:
     return given
 
 
-def adapter_in(opened: OpenModel, state: dict[str, Any]) -> Adapter | None:
+def adapter_in(weights: Weights, state: dict[str, Any]) -> Adapter | None:
     """Return the adapter that a checkpoint holds, None where it holds a whole model."""
     described = state.get("adapter")
     if not described:
         return None
     settings = AdapterConfig.model_validate(described["settings"], strict=False)
-    tensors = {name: opened.weights.read(name) for name in opened.weights.names()}
+    tensors = {name: weights.read(name) for name in weights.names()}
     return Adapter(settings, tensors, described["base"])
 
 
@@ -147,9 +146,3 @@ def find_base(checkpoint: Path, described: dict[str, Any]) -> Path:
             f"{checkpoint}: holds adapters of {path}, which isn't there any more; put it back, or name it: --base MODEL"
         )
     return path
-
-
-def _lengths(weight: Tensor, adapter: AdapterConfig) -> Tensor:
-    if adapter.base == "nf4":
-        weight = NF4.quantize(weight, adapter.block_size).dequantize()
-    return torch.linalg.vector_norm(weight.float(), dim=1)

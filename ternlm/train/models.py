@@ -48,7 +48,7 @@ def open_model(model: str | Path, base: str | Path | None = None) -> OpenModel:
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).is_file() else None
     facts = dict(state.get("facts", {})) | {"training": _training(state)}
     opened = OpenModel(folder, read_model_config(folder), CheckpointWeights(folder), tokenizer, facts)
-    adapter = adapter_in(opened, state)
+    adapter = adapter_in(opened.weights, state)
     if adapter:
         return _on_its_base(opened, adapter, state["adapter"], base)
     _refuse_base(folder, base)
@@ -97,8 +97,7 @@ def open_adapter(model: str | Path) -> Adapter:
         return read_adapter(path)
     if not is_foreign(path):
         folder = find_checkpoint(path)
-        opened = OpenModel(folder, read_model_config(folder), CheckpointWeights(folder))
-        adapter = adapter_in(opened, read_state(folder))
+        adapter = adapter_in(CheckpointWeights(folder), read_state(folder))
         if adapter is not None:
             return adapter
     raise ConfigError(f"{path}: holds a whole model, no adapters; give a run that trained some, or PEFT's folder")

@@ -27,7 +27,7 @@ class Configuration:
 
 
 CONFIGURATIONS = {
-    "ternlm": Configuration("ternlm_sft.py", None, "TernLM, four rows of 512 a step, a third recomputed", True),
+    "ternlm": Configuration("ternlm_sft.py", None, "TernLM, four rows of 512 a step, a tenth recomputed", True),
     "ternlm-2048": Configuration("ternlm_sft.py", None, "TernLM, a row of 2048 a step", True),
     "ternlm-eager": Configuration("ternlm_sft.py", None, "TernLM, as above, compile off", True),
     "ternlm-1024": Configuration("ternlm_sft.py", None, "TernLM, two rows of 1024 a step", True),

@@ -43,7 +43,8 @@ def load_recipe(root: type[S], recipe: str | Path, overrides: Sequence[str] = ()
 
     An override is `section.field=value`. The value is read as TOML where it is TOML (`optimizer.lr=1e-3`,
     `optimizer.betas=[0.9, 0.95]`), else it is text. Items of lists are addressed by number, as in
-    `data.sources.0.weight=2`; the number after the last one appends.
+    `data.sources.0.weight=2`; the number after the last one appends. A section that a run may do without is left out
+    by `none`: `adapter=none`.
     """
     path = find_recipe(recipe)
     table = read_table(path)
@@ -115,6 +116,9 @@ def _override(table: dict[str, Any], override: str) -> None:
         table["parallel"] = spelled_out(table["parallel"])
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r} must look like section.field=value")
+    if len(parts) == 1 and text.strip() == "none" and isinstance(table.get(parts[0], {}), dict):
+        table[parts[0]] = None
+        return
     try:
         _put(table, parts, _value(text))
     except ConfigError as error:

@@ -129,6 +129,8 @@ def read_report(folder: Path, index: int, vocab_size: int) -> UnitReport | None:
     }
     if shard.masked:
         expected["mask"] = shard.tokens
+    if shard.joined:
+        expected["joined"] = shard.documents
     return report if sizes == expected else None
 
 
@@ -143,7 +145,7 @@ class SkippedRecords:
         if self._on_error == "fail" and bad.kind != EMPTY_TEXT:
             raise DataError(
                 f"{bad.file.path}{bad.where}: {bad.what}. Remedy: {_REMEDIES[bad.kind]}; "
-                "or leave such records out with --on-error skip"
+                "or leave such records out: --on-error skip, in a recipe data.on_error=skip"
             )
         first = f"{bad.file.name}{bad.where}: {bad.what}"
         entry = self.kinds.setdefault(bad.kind, {"count": 0, "first": first})

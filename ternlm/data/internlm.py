@@ -92,6 +92,10 @@ class InternLMFiles:
         """Return where documents first..last-1 end: exclusive, in tokens from the start of the first file."""
         return self._ends[first:last]
 
+    def leaders(self, first: int, last: int) -> NDArray[np.int64]:
+        """Return documents first..last-1: none belongs to another."""
+        return np.arange(first, last, dtype=np.int64)
+
     def document(self, index: int) -> _Document:
         """Read one document, as `read` does."""
         file, line = self._locate(index)

@@ -124,7 +124,7 @@ def _read_parquet(span: Span, column: str | None, report: Report) -> Iterator[tu
             for batch in file.iter_batches(1024, row_groups=list(groups), columns=columns):
                 for record in _rows(batch):
                     row += 1
-                    yield partial(nth_place, "row", row), record
+                    yield partial(nth_place, "row", row), {name: _given(value) for name, value in record.items()}
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
@@ -151,6 +151,13 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
     except UnicodeDecodeError:
         for row in zip(*map(_values, batch.columns), strict=True):
             yield dict(zip(batch.schema.names, row, strict=True))
+
+
+def _given(value: Any) -> Any:
+    """Leave out nulls of objects: a column gives each row the fields of all rows, null where it hasn't one."""
+    if isinstance(value, dict):
+        return {name: _given(each) for name, each in value.items() if each is not None}
+    return [_given(each) for each in value] if isinstance(value, list) else value
 
 
 def _values(column: Any) -> Iterator[Any]:

@@ -130,8 +130,8 @@ def add_samples(
     writer: ShardWriter, counts: Counts, format: FormatName, conversation: Conversation, samples: Sequence[Sample]
 ) -> None:
     """Write the samples of a conversation, and count them."""
-    for sample in samples:
-        writer.add(sample.ids, sample.trained)
+    for place, sample in enumerate(samples):
+        writer.add(sample.ids, sample.trained, joined=place > 0)
     texts = [conversation.text or "", *(message["content"] for message in conversation.messages)]
     num_bytes = sum(len(text.encode()) for text in texts)
     counts.add(format, len(samples), sum(int(sample.trained.sum()) for sample in samples), num_bytes)

@@ -2,15 +2,14 @@
 
 A prepared folder holds `manifest.json` and, per shard, NAME.tokens (little-endian uint16 or uint32),
 NAME.ends (int64: exclusive end of each document, in tokens) and, only where a token carries no loss,
-NAME.mask (uint8: 1 trained, 0 no loss when it is the target). Which text goes into which shard, and resuming,
+NAME.mask (uint8: 1 trained, 0 no loss when it is the target); only where several documents belong together,
+NAME.joined (uint8 per document: 1 it belongs to the one before it). Which text goes into which shard, and resuming,
 is `prepare`'s.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ternlm.data.atomic import publish, temporary_path, write_atomically
+from ternlm.data.atomic import write_atomically
 from ternlm.data.errors import DataError
+from ternlm.data.hashed_file import HashedFile, Marks
 
 FORMAT = "ternlm-tokens"
 VERSION = 1
@@ -31,7 +31,6 @@ MASK_DTYPE = np.dtype("u1")
 TOKEN_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _OPEN_FILES = 256  # a mapped file holds a descriptor, and 1024 a process is a common limit
-_ONES = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -48,7 +47,12 @@ class ShardInfo:
     documents: int
     masked: bool
     sha256: dict[str, str]
-    """Hex digest of each of the shard's files, by suffix: tokens, ends and, where it exists, mask."""
+    """Hex digest of each of the shard's files, by suffix: tokens, ends and, where they exist, mask and joined."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether there are documents that belong together."""
+        return "joined" in self.sha256
 
 
 class ShardWriter:
@@ -65,12 +69,17 @@ class ShardWriter:
         self._tokens = 0
         self._documents = 0
         self._info: ShardInfo | None = None
-        self._mask: _HashedFile | None = None
-        self._ids = _HashedFile(self._file("tokens"))
-        self._ends = _HashedFile(self._file("ends"))
+        self._mask = Marks(self._file("mask"), usual=1)
+        self._joined = Marks(self._file("joined"), usual=0)
+        self._ids = HashedFile(self._file("tokens"))
+        self._ends = HashedFile(self._file("ends"))
 
-    def add(self, ids: ArrayLike, mask: ArrayLike | None = None) -> None:
-        """Append a document. mask: per token, 1 trained, 0 no loss when it is the target; None: all 1."""
+    def add(self, ids: ArrayLike, mask: ArrayLike | None = None, joined: bool = False) -> None:
+        """Append a document.
+
+        mask: per token, 1 trained, 0 no loss when it is the target; None: all 1. joined: it belongs to the one before
+        it, so that both are held out or neither.
+        """
         tokens = np.asarray(ids, dtype=np.int64)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
@@ -81,7 +90,8 @@ class ShardWriter:
         trained = None if mask is None else np.asarray(mask, dtype=bool).astype(MASK_DTYPE)
         if trained is not None and trained.shape != tokens.shape:
             raise ValueError(f"mask has {len(trained)} entries for {len(tokens)} tokens")
-        self._write_mask(trained, len(tokens))
+        self._mask.write(trained, len(tokens))
+        self._joined.write(np.ones(1, MASK_DTYPE) if joined else None, 1)
         self._tokens += len(tokens)
         self._documents += 1
         self._ids.write(tokens.astype(self._dtype).tobytes())
@@ -90,11 +100,11 @@ class ShardWriter:
     def close(self) -> ShardInfo:
         """Make the shard's files appear and return what the manifest needs."""
         if self._info is None:
-            if self._mask is None:
-                self._file("mask").unlink(missing_ok=True)
-            digests = {suffix: file.publish() for suffix, file in self._files().items()}
-            masked = self._mask is not None
-            self._info = ShardInfo(self._name, self._tokens, self._documents, masked, digests)
+            files = self._files()
+            for suffix in {"mask", "joined"} - files.keys():
+                self._file(suffix).unlink(missing_ok=True)
+            digests = {suffix: file.publish() for suffix, file in files.items()}
+            self._info = ShardInfo(self._name, self._tokens, self._documents, "mask" in files, digests)
         return self._info
 
     def __enter__(self) -> "ShardWriter":
@@ -109,19 +119,9 @@ class ShardWriter:
             for file in self._files().values():
                 file.discard()
 
-    def _files(self) -> dict[str, "_HashedFile"]:
-        files = {"tokens": self._ids, "ends": self._ends}
-        return files | {"mask": self._mask} if self._mask else files
-
-    def _write_mask(self, trained: NDArray[np.uint8] | None, count: int) -> None:
-        """Write the mask of `count` more tokens; the file begins at the first token without loss."""
-        if self._mask is None:
-            if trained is None or trained.all():
-                return
-            self._mask = _HashedFile(self._file("mask"))
-            for start in range(0, self._tokens, _ONES):
-                self._mask.write(b"\1" * min(_ONES, self._tokens - start))
-        self._mask.write(b"\1" * count if trained is None else trained.tobytes())
+    def _files(self) -> dict[str, "HashedFile"]:
+        marks = {"mask": self._mask.file, "joined": self._joined.file}
+        return {"tokens": self._ids, "ends": self._ends} | {suffix: file for suffix, file in marks.items() if file}
 
     def _file(self, suffix: str) -> Path:
         return self._stem.with_name(f"{self._name}.{suffix}")
@@ -204,6 +204,22 @@ class ShardSet:
         parts = _split(self._document_starts, first, last)
         return _join([self._array(i, "ends")[a:b] + self._token_starts[i] for i, a, b in parts], ENDS_DTYPE)
 
+    def leaders(self, first: int, last: int) -> NDArray[np.int64]:
+        """Return of each of documents first..last-1 the first one of those that it belongs together with."""
+        found = np.arange(first, last, dtype=np.int64)
+        if not any(shard.joined for shard in self.shards):
+            return found
+        for i, a, b in _split(self._document_starts, first, last):
+            if not self.shards[i].joined:
+                continue
+            joined, start = self._array(i, "joined"), a
+            while joined[start]:
+                start -= 1
+            own = np.where(joined[start:b] == 0, np.arange(start, b), start)
+            offset = int(self._document_starts[i])
+            found[offset + a - first : offset + b - first] = offset + np.maximum.accumulate(own)[a - start :]
+        return found
+
     def document(self, index: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
         """Read one document, as `read` does."""
         start = int(self.ends(index - 1, index)[0]) if index else 0
@@ -236,7 +252,8 @@ class ShardSet:
                 )
 
     def _check_sizes(self, index: int) -> None:
-        for suffix in ("tokens", "ends", *(["mask"] if self.shards[index].masked else [])):
+        shard = self.shards[index]
+        for suffix in ("tokens", "ends", *(["mask"] if shard.masked else []), *(["joined"] if shard.joined else [])):
             file = self._file(index, suffix)
             dtype, count = self._layout(index, suffix)
             expected = count * dtype.itemsize
@@ -258,36 +275,12 @@ class ShardSet:
         shard = self.shards[index]
         if suffix == "ends":
             return ENDS_DTYPE, shard.documents
+        if suffix == "joined":
+            return MASK_DTYPE, shard.documents
         return (self.dtype if suffix == "tokens" else MASK_DTYPE), shard.tokens
 
     def _file(self, index: int, suffix: str) -> Path:
         return self.path / f"{self.shards[index].name}.{suffix}"
-
-
-class _HashedFile:
-    """A file that is written beside its place, and the SHA-256 of what was written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = temporary_path(path)
-        self._file = self._temporary.open("wb")
-        self._sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
-
-    def publish(self) -> str:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        publish(self._temporary, self._path)
-        return self._sha256.hexdigest()
-
-    def discard(self) -> None:
-        with suppress(OSError):  # closing writes what waits, which a full disk refuses again
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

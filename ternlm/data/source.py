@@ -38,6 +38,7 @@ class TokenStore(Protocol):
     def num_documents(self) -> int: ...
     def read(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.bool_] | None]: ...
     def ends(self, first: int, last: int) -> NDArray[np.int64]: ...
+    def leaders(self, first: int, last: int) -> NDArray[np.int64]: ...
     def place(self, index: int) -> str: ...
 
 
@@ -61,7 +62,8 @@ EMPTY_WINDOW = Window(np.empty(0, np.int64), None, np.empty(0, np.int64), np.emp
 class Source:
     """Sequences of seq_len tokens over the kept documents of a store.
 
-    Held-out documents are chosen by a hash of the source's name and the document's index, whatever the seed;
+    Held-out documents are chosen by a hash of the source's name and the document's index, whatever the seed (those
+    that belong together, as the samples of one conversation do, by the index of their first);
     `validation` keeps those alone, and the final partial window; training keeps the others and drops it.
     """
 
@@ -209,7 +211,7 @@ def check_tokenizers(sources: Sequence[Source], vocab_size: int, fingerprint: st
 
 
 class _HeldOut:
-    """Which documents are held out: a hash of the source's name and the document's index says it."""
+    """Which documents are held out: a hash of the source's name and an index says it."""
 
     def __init__(self, name: str, fraction: float, wanted: bool) -> None:
         self._key = np.uint64(hash_words(f"held out/{name}")[0])
@@ -217,9 +219,9 @@ class _HeldOut:
         self._wanted = wanted
         self.keeps_all = fraction == (1.0 if wanted else 0.0)
 
-    def keeps(self, first: int, count: int) -> NDArray[np.bool_]:
-        """Say for documents first..first+count-1 whether they are of the part that is wanted."""
-        word = np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    def keeps(self, leaders: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Say for documents, each given by the first one of those it belongs with, whether they are wanted."""
+        word = (leaders + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         word += self._key
         word = (word ^ word >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         word = (word ^ word >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -325,7 +327,7 @@ class _KeptDocuments:
         long_enough = lengths >= self._shortest
         if self._held_out.keeps_all:
             return long_enough
-        return long_enough & self._held_out.keeps(first, len(lengths))
+        return long_enough & self._held_out.keeps(self._store.leaders(first, first + len(lengths)))
 
     def _bounds(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return start and length of documents first..last-1."""

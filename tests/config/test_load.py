@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ternlm.config import Config, ConfigError, config_from_dict, config_to_dict, list_recipes, load_config
+from ternlm.config import (
+    Config,
+    ConfigError,
+    config_from_dict,
+    config_to_dict,
+    list_recipes,
+    load_config,
+    load_sft_config,
+)
 
 RECIPE = """
 out = "small"
@@ -294,3 +302,13 @@ def test_settings_may_be_added_to_the_short_form_of_a_section(recipe: Path) -> N
     assert not load_config(recipe, ["parallel.auto=false", "parallel.tensor=2"]).parallel.auto
     assert load_config(recipe, ["parallel.tensor=2", "parallel=auto"]).parallel.tensor == 1
     assert "there is no tensor in a value, 'other'" in wrong(recipe, "parallel=other", "parallel.tensor=2")
+
+
+def test_none_leaves_out_a_section_that_may_be_left_out(tmp_path: Path) -> None:
+    sft = tmp_path / "sft.toml"
+    sft.write_text('load = { from = "a" }\ndata = { path = "b" }\n[adapter]\nrank = 4\n')
+    assert load_sft_config(sft).adapter is not None
+    assert load_sft_config(sft, ["adapter=none"]).adapter is None
+    for override in ("optimizer=none", "adaptor=none"):
+        with pytest.raises(ConfigError, match=override.removesuffix("=none")):
+            load_sft_config(sft, [override])

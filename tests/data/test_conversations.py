@@ -1,12 +1,18 @@
 """Records of every format become conversations; and what is said of those that don't."""
 
 import json
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chats import SHARED
 
 from ternlm.data.conversations import NoAnswer, OtherFormat, detect_format, read_conversation, unknown_format
 from ternlm.data.errors import DataError
+from ternlm.data.plan import find_inputs
+from ternlm.data.records import read_records
+from ternlm.data.spans import Span
 
 TOOL = {"name": "weather", "description": "d", "parameters": {}}
 WRAPPED = {"type": "function", "function": TOOL}
@@ -273,3 +279,17 @@ def test_real_files_are_read_whole():
         "alpaca/alpaca_zh_demo": (1000, 1000),
         "toolcall/glaive_toolcall_en_demo": (300, 957),
     }
+
+
+def test_fields_that_a_column_gives_every_row_arent_arguments(tmp_path: Path) -> None:
+    asks = [{"role": "user", "content": "look"}]
+    calls = [{"city": "Oslo"}, {"day": 3, "where": {"street": "A"}}, {"where": {"number": 7}}]
+    records = [
+        {"messages": [*asks, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}]}
+        for given in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "calls.parquet")
+    (file,) = find_inputs([tmp_path / "calls.parquet"])
+    read = [read_conversation(record, "messages") for _, record in read_records(Span(file), pytest.fail)]
+    found = [talk.messages[1]["tool_calls"][0]["function"]["arguments"] for talk in read]
+    assert found == calls

@@ -237,7 +237,7 @@ def test_a_bad_line_stops_the_run_and_skipping_it_later_goes_on(corpus, tokenize
     with pytest.raises(DataError) as error:
         prepare([source], tokenizer, out, unit_bytes=UNIT_BYTES, workers=workers)
     assert str(error.value).startswith(f"{source}:501: not one JSON value (Expecting value")
-    assert str(error.value).endswith("or leave such records out with --on-error skip")
+    assert str(error.value).endswith("or leave such records out: --on-error skip, in a recipe data.on_error=skip")
     assert not (out / "manifest.json").exists()
     assert not list(out.glob("*.tmp-*"))
     done = len(list(out.glob("shard-*.json")))

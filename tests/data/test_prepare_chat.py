@@ -21,6 +21,7 @@ from ternlm.data.prepare import prepare
 from ternlm.data.protocols import CHATML, INTERNLM, INTERNLM2, ChatProtocol
 from ternlm.data.samples import ConversationOptions
 from ternlm.data.shards import ShardSet
+from ternlm.data.source import Source
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from ternlm.data.turns import encode_turns
 
@@ -139,7 +140,7 @@ def test_a_bad_record_ends_the_work_or_is_left_out_and_counted(record, kind, rea
     with pytest.raises(DataError) as caught:
         prepare([file], tokenizer, tmp_path / "fail", workers=1, conversations=options())
     assert f"a.jsonl:2: {reason}" in str(caught.value)
-    assert "or leave such records out with --on-error skip" in str(caught.value)
+    assert "or leave such records out: --on-error skip, in a recipe data.on_error=skip" in str(caught.value)
     done = prepare([file], tokenizer, tmp_path / "skip", workers=1, on_error="skip", conversations=options())
     assert done.documents == 2
     assert done.skipped[kind]["count"] == 1
@@ -265,3 +266,42 @@ def test_the_command_prepares_and_inspects_conversations(tokenizer: Tokenizer, t
     run = CliRunner().invoke(app, ["data", "prepare", *common[:3], "--out", str(tmp_path / "x"), "--system", "s"])
     assert run.exit_code == 2
     assert "name the chat protocol too" in run.output
+
+
+def test_samples_of_one_conversation_are_held_out_together(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    talks = [
+        [{"from": who, "value": f"hello {i} {k}"} for k in range(1 + i % 4) for who in ("human", "gpt")]
+        for i in range(120)
+    ]
+    samples = [
+        encode_turns(
+            tokenizer,
+            INTERNLM.template,
+            read_conversation({"conversations": talk}, "sharegpt"),
+            stop=INTERNLM.stop,
+            after_end=INTERNLM.after_end,
+            document_end=INTERNLM.document_end,
+        )
+        for talk in talks
+    ]
+    file = write(tmp_path / "chats.jsonl", [{"conversations": talk} for talk in talks])
+    prepare([file], tokenizer, tmp_path / "out", conversations=options(INTERNLM), unit_bytes=4096)
+    store = ShardSet.open(tmp_path / "out")
+    assert len(store.shards) > 1
+    assert any(shard.joined for shard in store.shards)
+    store.verify()
+
+    expected = [i for i, own in enumerate(samples) for _ in own]
+    first = {talk: expected.index(talk) for talk in expected}
+    leaders = [first[talk] for talk in expected]
+    assert store.leaders(0, store.num_documents).tolist() == leaders
+    assert store.leaders(7, 30).tolist() == leaders[7:30]
+
+    sides = [
+        Source("chats", store, seq_len=256, whole_documents="pad", validation_fraction=0.3, validation=validation)
+        for validation in (False, True)
+    ]
+    talks_of = [{expected[i] for p in range(s.num_sequences) for i in s.window(p).documents.tolist()} for s in sides]
+    assert not talks_of[0] & talks_of[1]
+    assert talks_of[0] | talks_of[1] == set(range(120))
+    assert sum(side.num_documents for side in sides) == len(expected)

@@ -1,6 +1,6 @@
 """TernLM by its public path: messages, settings, `open_sft`, `train_loop`.
 
-The plain configuration is sparing with memory: rows of 512 tokens, a third of the blocks recomputed, few logits.
+The plain configuration is sparing with memory: rows of 512 tokens, a tenth of the blocks recomputed, few logits.
 Variants: a number is the tokens of a row, without that; eager is the plain one with compile off. As many rows are
 accumulated as make the same step.
 """
@@ -42,7 +42,7 @@ def make_config(job: Job) -> SftConfig:
             "dtype": "float32",
             "threads": job.threads,
             "compile": "off" if job.variant == "eager" else "on",
-            "recompute": 0.3 if sparing else 0.0,
+            "recompute": 0.1 if sparing else 0.0,
         },
         "loss": {"chunk_tokens": 64 if sparing else 0},
         "checkpoint": {"every_steps": 0},

@@ -189,7 +189,7 @@ def generate(
     base: Base = None,
 ) -> None:
     """Continue prompts with a trained model; a single one's text appears as it is generated."""
-    from ternlm.infer.sampling import SamplingParams
+    from ternlm.infer.params import SamplingParams
     from ternlm.infer.text import generate_texts, stop_ids, stream_text
     from ternlm.train.models import loaded
 
@@ -232,7 +232,7 @@ def chat(
 ) -> None:
     """Talk with a model: a line is a question; /new begins anew, Ctrl-C ends an answer, Ctrl-D the conversation."""
     from ternlm.infer.chat import start_chat
-    from ternlm.infer.sampling import SamplingParams
+    from ternlm.infer.params import SamplingParams
     from ternlm.infer.terminal import talk
     from ternlm.train.models import loaded
 

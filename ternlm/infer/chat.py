@@ -10,8 +10,8 @@ from ternlm.data.chat import Message, encode_chat
 from ternlm.data.errors import DataError
 from ternlm.data.protocols import ChatProtocol, protocol_for
 from ternlm.data.tokenizer import Tokenizer
-from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
+from ternlm.infer.engine import generate
+from ternlm.infer.params import SamplingParams
 from ternlm.infer.text import TextStream, continue_encoded, stop_ids
 from ternlm.model.decoder import CausalLM
 

@@ -6,8 +6,8 @@ import torch
 
 from ternlm.config.section import ConfigError
 from ternlm.data.tokenizer import Tokenizer
-from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
+from ternlm.infer.engine import generate
+from ternlm.infer.params import SamplingParams
 from ternlm.model.decoder import CausalLM
 
 _NO_CHARACTER = "\ufffd"

@@ -29,7 +29,7 @@ from ternlm.data.shards import MANIFEST
 from ternlm.data.source import Source, open_source
 from ternlm.data.tokenizer import Tokenizer, load_tokenizer
 from ternlm.infer.chat import answer_texts, protocol_of
-from ternlm.infer.sampling import SamplingParams
+from ternlm.infer.params import SamplingParams
 from ternlm.infer.text import continue_texts, stop_ids
 from ternlm.model.decoder import CausalLM
 from ternlm.parallel.launch import find_launch, log_from

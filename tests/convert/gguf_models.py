@@ -15,8 +15,8 @@ from ternlm.config.model import ModelConfig
 from ternlm.convert.fill import fill_model
 from ternlm.convert.weights import OpenModel, model_shapes
 from ternlm.data.tokenizer import Tokenizer, train_bpe
-from ternlm.infer.cache import KVCache
 from ternlm.model.decoder import build_empty_model
+from ternlm.ops.attention import make_segment_attend
 
 TEXT = (
     "The tern flies far. It's 12345 miles, isn't it? 燕鸥飞得很远，每年往返两极。 def fly(far: int) -> None:\n"
@@ -71,8 +71,8 @@ def built(model: OpenModel):
 @torch.no_grad()
 def next_logprobs(decoder, tokens) -> torch.Tensor:
     """Our log probabilities of the token after these."""
-    cache = KVCache(decoder.config, 1, len(tokens), torch.float32, torch.device("cpu"))
-    hidden_BTD = decoder(torch.tensor([tokens]), cache.place([len(tokens)]), cache.attend)
+    attend = make_segment_attend([[len(tokens)]], torch.device("cpu"))
+    hidden_BTD = decoder(torch.tensor([tokens]), torch.arange(len(tokens))[None], attend)
     return decoder.lm_head(hidden_BTD[0, -1]).log_softmax(-1)
 
 

@@ -23,7 +23,7 @@ from in_memory import greedy
 from ternlm.convert.gguf_read import open_gguf
 from ternlm.convert.gguf_write import write_gguf
 from ternlm.convert.weights import ConvertError, cut
-from ternlm.infer.generate import generate
+from ternlm.infer.engine import generate
 
 PROMPT = [5, 77, 300, 12, 5, 8, 190, 222, 45, 99, 100, 7]
 QUANTIZED = ["Q8_0", "Q4_0", "Q4_1"]

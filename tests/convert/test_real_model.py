@@ -15,7 +15,7 @@ from ternlm.convert.export_hf import export_hf
 from ternlm.convert.fill import fill_model
 from ternlm.data.chat import encode_chat
 from ternlm.infer.chat import told_ends
-from ternlm.infer.generate import generate
+from ternlm.infer.engine import generate
 from ternlm.model.decoder import build_empty_model, build_model
 from ternlm.ops.attention import make_segment_attend
 from ternlm.train.models import import_model, open_model

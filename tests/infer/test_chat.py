@@ -11,7 +11,7 @@ from ternlm.convert.weights import OpenModel
 from ternlm.data.chat import INTERNLM, INTERNLM2, encode_chat
 from ternlm.data.tokenizer import Tokenizer, train_bpe
 from ternlm.infer.chat import Chat, start_chat
-from ternlm.infer.generate import generate
+from ternlm.infer.engine import generate
 from ternlm.infer.terminal import talk
 from ternlm.model.decoder import CausalLM, build_model
 

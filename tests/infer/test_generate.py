@@ -1,74 +1,37 @@
 import pytest
 import torch
 from in_memory import greedy
+from tiny import CONFIGS, CPU, SHAPE, full_logits, random_model, random_prompts
 
-from ternlm.config.model import ModelConfig, RopeScaling
+from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
-from ternlm.infer.cache import KVCache
-from ternlm.infer.generate import generate
-from ternlm.infer.sampling import SamplingParams
-from ternlm.model.decoder import build_model
-from ternlm.ops.attention import make_segment_attend
+from ternlm.infer.engine import generate
+from ternlm.infer.paged import PagedCache, Piece
+from ternlm.infer.params import SamplingParams
 
-SHAPE = dict(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=48,
-    max_position_embeddings=32,
-)
-CONFIGS = {
-    "biases": ModelConfig(**SHAPE, attention_bias=True),
-    "gqa, q/k norm, tied": ModelConfig(**SHAPE, num_key_value_heads=2, qk_norm=True, tie_word_embeddings=True),
-    "dynamic": ModelConfig(**SHAPE, rope_scaling=RopeScaling(kind="dynamic", factor=2.0)),
-    "linear": ModelConfig(**SHAPE, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
-    "yarn, gqa": ModelConfig(**SHAPE, num_key_value_heads=1, rope_scaling=RopeScaling(kind="yarn", factor=4.0)),
-}
 GREEDY = greedy(12)
-CPU = torch.device("cpu")
-
-
-def random_model(config, seed=0):
-    """A model whose biases and norms are not the usual zeros and ones, and whose attention is not flat."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    model = build_model(config)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
-    return model
-
-
-def full_logits(model, tokens, rope_length):
-    attend = make_segment_attend([[len(tokens)]], CPU)
-    hidden = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], attend, rope_length)
-    return model.lm_head(hidden)[0]
-
-
-def random_prompts(lengths, vocab_size=97, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
 def test_prefill_and_decode_equal_the_full_forward(config):
     model, rope_length = random_model(config), 48
-    sequences = random_prompts([9, 16, 12])
-    # Unequal prefills, then unequal chunks with rows left out, then single tokens.
-    plan = [(3, 9, 1), (2, 0, 4), (1, 1, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 1, 1)]
-    cache, done = KVCache(config, 3, 20, torch.float32, CPU), [0, 0, 0]
+    sequences = random_prompts([9, 46, 40])
+    # Unequal prefills, then unequal chunks with sequences left out, then single tokens.
+    plan = [(3, 19, 1), (2, 0, 34), (1, 17, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 1, 1)]
+    cache, done = PagedCache(config, 9, torch.float32, CPU), [0, 0, 0]
+    blocks = [[8], [1, 3, 5], [7, 0, 4]]
     for counts in plan:
-        tokens = torch.full((3, max(counts)), 96)
-        for row, count in enumerate(counts):
-            tokens[row, :count] = torch.tensor(sequences[row][done[row] : done[row] + count])
-        positions = cache.place(counts)
-        logits = model.lm_head(model(tokens, positions, cache.attend, rope_length))
-        for row, count in enumerate(counts):
-            expected = full_logits(model, sequences[row][: done[row] + count], rope_length)
-            torch.testing.assert_close(logits[row, :count], expected[done[row] :], rtol=1e-5, atol=1e-5)
-            done[row] += count
-    assert done == cache.lengths == [9, 14, 9]
+        order = [row for row in (1, 0, 2) if counts[row]]
+        positions = cache.place([Piece(blocks[row], done[row], counts[row]) for row in order])
+        tokens = [sequences[row][done[row] : done[row] + counts[row]] for row in order]
+        new = torch.tensor([[token for own in tokens for token in own]])
+        logits = model.lm_head(model(new, positions, cache.attend, rope_length))[0]
+        for row, own in zip(order, logits.split([counts[row] for row in order]), strict=True):
+            expected = full_logits(model, sequences[row][: done[row] + counts[row]], rope_length)
+            torch.testing.assert_close(own, expected[done[row] :], rtol=1e-5, atol=1e-5)
+            done[row] += counts[row]
+    assert done == [9, 40, 39]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -202,10 +165,3 @@ def test_a_prompt_that_cannot_be_continued_is_refused(prompts, error):
 
 def test_no_prompts_give_no_texts():
     assert generate(random_model(CONFIGS["biases"]), [], GREEDY) == []
-
-
-def test_a_cache_refuses_more_than_it_holds():
-    cache = KVCache(CONFIGS["biases"], 2, 8, torch.float32, CPU)
-    cache.place([5, 3])
-    with pytest.raises(ValueError, match="don't fit"):
-        cache.place([1, 4])

@@ -5,7 +5,7 @@ from tokenizers import decoders, models, normalizers
 
 from ternlm.config.model import ModelConfig
 from ternlm.data.tokenizer import Tokenizer, train_bpe
-from ternlm.infer.sampling import SamplingParams
+from ternlm.infer.params import SamplingParams
 from ternlm.infer.text import TextStream, continue_texts, encode_prompt, generate_texts, stream_text
 from ternlm.model.decoder import build_model
 

@@ -28,7 +28,7 @@ from ternlm.convert.export_hf import export_hf
 from ternlm.convert.fill import fill_model
 from ternlm.convert.weights import OpenModel
 from ternlm.data.tokenizer import train_bpe
-from ternlm.infer.generate import generate
+from ternlm.infer.engine import generate
 from ternlm.model.decoder import build_empty_model, build_model
 from ternlm.train.models import open_model
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ternlm.config.model import ModelConfig
 from ternlm.convert.weights import cut, model_shapes
-from ternlm.infer.sampling import SamplingParams
+from ternlm.infer.params import SamplingParams
 
 
 class Held:

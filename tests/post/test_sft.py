@@ -11,7 +11,7 @@ from ternlm.config import ConfigError, SftConfig
 from ternlm.config.layout import resolve_layout
 from ternlm.data.errors import DataError
 from ternlm.infer.chat import start_chat
-from ternlm.infer.sampling import SamplingParams
+from ternlm.infer.params import SamplingParams
 from ternlm.parallel.mesh import make_mesh
 from ternlm.post.sft import fine_tune, open_sft
 from ternlm.train.loop import train_step

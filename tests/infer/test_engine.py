@@ -1,0 +1,241 @@
+"""Requests that come and go between forward passes: nobody's text depends on the others."""
+
+import random
+
+import pytest
+import torch
+from in_memory import greedy
+from tiny import CONFIGS, full_logits, random_model, random_prompts
+
+from ternlm.config.model import ModelConfig, RopeScaling
+from ternlm.config.section import ConfigError, UserError
+from ternlm.infer.engine import Engine, generate
+from ternlm.infer.pages import BLOCK
+from ternlm.infer.params import SamplingParams
+
+LONG = ModelConfig(
+    **(CONFIGS["biases"].model_dump(exclude_none=True, by_alias=True) | {"max_position_embeddings": 256})
+)
+DYNAMIC = LONG.model_copy(
+    update={"rope_scaling": RopeScaling(kind="dynamic", factor=2.0), "max_position_embeddings": 64}
+)
+
+
+def run(engine):
+    """All events until nothing is left to do."""
+    events = []
+    while engine.is_busy:
+        events += engine.step()
+    return events
+
+
+def alone(model, prompt, params, rope_length=0):
+    """Greedy text by full forward passes."""
+    tokens = list(prompt)
+    for _ in range(params.max_new_tokens):
+        token = int(full_logits(model, tokens, rope_length)[-1].argmax())
+        if token in params.stop_ids:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("config", [LONG, DYNAMIC], ids=["plain", "dynamic"])
+@pytest.mark.parametrize("memory", [4096, 160])
+def test_texts_that_come_and_go_are_those_of_full_forward_passes(config, memory):
+    model, rng = random_model(config), random.Random(5)
+    prompts = random_prompts([rng.randrange(1, 90) for _ in range(24)])
+    params = [greedy(rng.randrange(1, 40), [7, 8]) for _ in prompts]
+    engine = Engine(model, memory, max_running=6, max_step_tokens=24)
+    coming, requests = list(zip(prompts, params, strict=True)), []
+    while coming or engine.is_busy:
+        arrivals = min(rng.choice([0, 0, 1, 3]), len(coming))
+        requests += [engine.add(*coming.pop(0)) for _ in range(arrivals)]
+        engine.step()
+    for prompt, own, request in zip(prompts, params, requests, strict=True):
+        rope_length = max(64, len(prompt) + own.max_new_tokens)
+        assert request.output == alone(model, prompt, own, rope_length)
+        assert request.finish == ("length" if len(request.output) == own.max_new_tokens else "stop")
+    assert (engine.scheduler.num_preemptions > 0) == (memory == 160)
+    assert engine.pool.num_used == 0
+
+
+def test_a_text_that_gave_its_memory_back_goes_on_with_its_own_random_numbers():
+    model, prompts = random_model(LONG), random_prompts([40, 40, 40, 40])
+    params = SamplingParams(max_new_tokens=60, temperature=1.3, top_p=0.9, seed=4, frequency_penalty=0.3)
+    small, large = Engine(model, 224), Engine(model, 4096)
+    texts = []
+    for engine in (small, large):
+        requests = [engine.add(prompt, params) for prompt in prompts]
+        run(engine)
+        texts.append([request.output for request in requests])
+    assert texts[0] == texts[1]
+    assert small.scheduler.num_preemptions > 0
+    assert large.scheduler.num_preemptions == 0
+
+
+def test_a_beginning_is_computed_once():
+    model, (shared, *ends) = random_model(LONG), random_prompts([50, 5, 9, 20])
+    engine = Engine(model, 4096)
+    first = engine.add([*shared, *ends[0]], greedy(20))
+    run(engine)
+    others = [engine.add([*shared, *end], greedy(20)) for end in ends[1:]]
+    events = engine.step()
+    assert [request.num_cached for request in others] == [3 * BLOCK] * 2
+    assert len(events) == 2
+    run(engine)
+    for request in (first, *others):
+        assert request.output == alone(model, request.prompt, request.params)
+    again = engine.add([*first.prompt, *first.output, 5], greedy(4))  # a conversation that goes on
+    run(engine)
+    assert again.num_cached == (len(first.prompt) + len(first.output) - 1) // BLOCK * BLOCK
+    assert again.output == alone(model, again.prompt, again.params)
+
+
+def test_equal_prompts_that_come_together_share_their_blocks():
+    model, (prompt,) = random_model(LONG), random_prompts([70])
+    engine = Engine(model, 4096, max_step_tokens=128)
+    requests = [engine.add(prompt, greedy(3)) for _ in range(4)]
+    engine.step()
+    assert engine.pool.num_used == 4 + 4
+    run(engine)
+    expected = alone(model, prompt, greedy(3))
+    assert [request.output for request in requests] == [expected] * 4
+
+
+def test_new_weights_make_what_is_stored_worthless():
+    model, (prompt,) = random_model(LONG), random_prompts([50])
+    engine = Engine(model, 4096)
+    engine.add(prompt, greedy(3))
+    engine.step()
+    with pytest.raises(RuntimeError, match="1 requests are running"):
+        engine.forget()
+    run(engine)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    engine.forget()
+    request = engine.add(prompt, greedy(10))
+    run(engine)
+    assert request.num_cached == 0
+    assert request.output == alone(model, prompt, greedy(10))
+
+
+def test_a_request_can_be_let_go_wherever_it_is():
+    model, prompts = random_model(LONG), random_prompts([30, 30, 30])
+    engine = Engine(model, 4096, max_running=2)
+    first, second, third = (engine.add(prompt, greedy(30)) for prompt in prompts)
+    for _ in range(5):
+        engine.step()
+    engine.cancel(first)
+    engine.cancel(third)
+    engine.cancel(third)
+    run(engine)
+    engine.cancel(second)
+    assert (first.finish, second.finish, third.finish) == ("cancelled", "length", "cancelled")
+    assert (len(first.output), len(third.output)) == (5, 0)
+    assert second.output == alone(model, prompts[1], greedy(30))
+    assert engine.pool.num_used == 0
+
+
+def test_a_long_prompt_comes_in_pieces_between_which_others_go_on():
+    model, (short, long) = random_model(LONG), random_prompts([4, 100])
+    engine = Engine(model, 4096, max_step_tokens=11)
+    first = engine.add(short, greedy(30))
+    engine.step()
+    second = engine.add(long, greedy(5))
+    while not second.output:
+        before = len(first.output)
+        engine.step()
+        assert len(first.output) == before + 1
+    assert len(first.output) == 11
+    run(engine)
+    assert second.output == alone(model, long, greedy(5))
+
+
+def test_log_probabilities_of_prompt_and_text():
+    model, (prompt,) = random_model(LONG), random_prompts([90])
+    engine = Engine(model, 4096, max_step_tokens=40)
+    run_before = engine.add(prompt, greedy(2))
+    run(engine)
+    params = SamplingParams(max_new_tokens=6, temperature=2.0, repetition_penalty=1.5, logprobs=3)
+    request = engine.add(prompt, params, wants_prompt=True)
+    events = run(engine)
+    assert run_before.prompt_logprobs == []
+    expected = full_logits(model, request.tokens(), 0).log_softmax(-1)
+    told = [*request.prompt_logprobs, *(event.logprobs for event in events)]
+    assert len(told) == 90 + 6 - 1
+    for place, each in enumerate(told):
+        token = request.tokens()[place + 1]
+        assert each.token == pytest.approx(float(expected[place, token]), abs=1e-4)
+        values, ids = expected[place].topk(3)
+        assert [token for token, _ in each.top] == ids.tolist()
+        assert [value for _, value in each.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_a_constraint_says_what_may_come():
+    class Counting:
+        def __init__(self):
+            self.next = 10
+
+        def allowed(self):
+            return torch.arange(97) == self.next
+
+        def accept(self, token):
+            assert token == self.next
+            self.next += 1
+
+    engine = Engine(random_model(LONG), 4096)
+    request = engine.add([1], SamplingParams(max_new_tokens=5), constraint=Counting())
+    run(engine)
+    assert request.output == [10, 11, 12, 13, 14]
+
+
+def test_a_step_that_fails_lets_go_of_all_and_leaves_the_engine_usable():
+    model, (prompt,) = random_model(LONG), random_prompts([20])
+    engine = Engine(model, 4096)
+    request = engine.add(prompt, greedy(10))
+    engine.step()
+    with torch.no_grad():
+        kept = model.lm_head.weight.clone()
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        engine.step()
+    assert (request.finish, engine.is_busy, engine.pool.num_used) == ("error", False, 0)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(kept)
+    again = engine.add(prompt, greedy(10))
+    run(engine)
+    assert again.num_cached == 0
+    assert again.output == alone(model, prompt, greedy(10))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "told"),
+    [
+        ([], greedy(3), "the prompt is empty"),
+        ([97], greedy(3), "token id 97"),
+        ([1] * 250, greedy(7), "exceed max_position_embeddings = 256"),
+        ([1] * 100, greedy(40), "may need memory for 140 tokens, and there is for 128"),
+        ([1], SamplingParams(logit_bias=((97, 1.0),)), "logit_bias has the token id 97"),
+    ],
+)
+def test_what_could_never_be_served_is_refused_at_once(prompt, params, told):
+    engine = Engine(random_model(LONG), 128)
+    with pytest.raises(ConfigError, match=told):
+        engine.add(prompt, params)
+    assert not engine.is_busy
+
+
+def test_a_generator_given_makes_the_text():
+    model, (prompt,) = random_model(LONG), random_prompts([20])
+    params = SamplingParams(max_new_tokens=20)
+    engine = Engine(model, 4096)
+    requests = [engine.add(prompt, params, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    run(engine)
+    assert requests[0].output == requests[1].output != requests[2].output
+
+
+def test_more_prompts_than_run_at_once():
+    model, prompts = random_model(LONG), random_prompts([10, 20, 30, 5, 40, 3])
+    assert generate(model, prompts, greedy(8), max_running=2) == [alone(model, prompt, greedy(8)) for prompt in prompts]

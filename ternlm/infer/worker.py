@@ -93,7 +93,8 @@ class EngineThread:
             if len(self._open) >= room:
                 raise Overloaded(f"{len(self._open)} requests are being served or wait, of at most {room}; try later")
             self._open.add(request)
-        self._said.put(lambda: self.engine.scheduler.add(request) if request.finish is None else None)
+            # Within the lock: the thread ends only after everything that was said before `close`.
+            self._said.put(lambda: self.engine.scheduler.add(request))
         return request
 
     def end(self, request: Request, finish: Finish = "cancelled") -> None:
@@ -123,6 +124,11 @@ class EngineThread:
             preemptions=scheduler.num_preemptions,
             steps=counts["steps"],
         )
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._closing
 
     @property
     def is_alive(self) -> bool:

@@ -1,0 +1,148 @@
+"""An engine in a thread: callers in others get their own text, are refused, let go of and told of failures."""
+
+import threading
+import time
+
+import pytest
+import torch
+from in_memory import greedy
+from tiny import CONFIGS, random_model, random_prompts
+
+from ternlm.config.section import ConfigError
+from ternlm.infer.engine import Engine, generate
+from ternlm.infer.worker import Closed, EngineThread, Overloaded
+
+LONG = CONFIGS["biases"].model_copy(update={"max_position_embeddings": 512})
+
+
+class Inbox:
+    """Collects what is delivered, by request."""
+
+    def __init__(self):
+        self.events = {}
+        self.changed = threading.Condition()
+
+    def __call__(self, events):
+        with self.changed:
+            for event in events:
+                self.events.setdefault(event.request, []).append(event)
+            self.changed.notify_all()
+
+    def wait(self, request, seconds=20):
+        """Return a request's tokens and how it ended."""
+        with self.changed:
+            told = self.changed.wait_for(lambda: any(e.finish for e in self.events.get(request, ())), seconds)
+        assert told
+        events = self.events[request]
+        return [event.token for event in events if event.token is not None], events[-1].finish
+
+
+@pytest.fixture
+def inbox():
+    return Inbox()
+
+
+@pytest.fixture
+def thread(inbox):
+    made = []
+
+    def start(model=None, tokens=4096, max_running=8, **options):
+        engine = Engine(model or random_model(LONG), tokens, max_running=max_running)
+        made.append(EngineThread(engine, inbox, **options))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+        assert not each.is_alive
+
+
+def test_callers_in_many_threads_get_their_own_texts(thread, inbox):
+    model, prompts = random_model(LONG), random_prompts(range(1, 41))
+    worker, found = thread(model), {}
+
+    def ask(row):
+        found[row] = inbox.wait(worker.submit(prompts[row], greedy(20)))
+
+    callers = [threading.Thread(target=ask, args=[row]) for row in range(40)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert [found[row][0] for row in range(40)] == generate(model, prompts, greedy(20))
+    load = worker.load()
+    assert (load.waiting, load.running, load.used_blocks, load.output_tokens) == (0, 0, 0, 800)
+    assert load.prompt_tokens == sum(range(1, 41))
+
+
+def test_one_that_nobody_waits_for_any_more_gives_its_blocks_back(thread, inbox):
+    worker = thread()
+    request = worker.submit([1] * 40, greedy(400))
+    while not inbox.events.get(request):
+        time.sleep(0.001)
+    worker.end(request)
+    other = worker.submit([2], greedy(5))
+    inbox.wait(other)
+    assert request.finish == "cancelled"
+    assert len(request.output) < 400
+    assert worker.load().used_blocks == 0
+
+
+def test_too_many_are_refused_and_room_comes_back(thread, inbox):
+    worker = thread(max_running=2, max_waiting=3)
+    requests = [worker.submit([row], greedy(100)) for row in range(5)]
+    with pytest.raises(Overloaded, match="of at most 5"):
+        worker.submit([9], greedy(5))
+    for request in requests:
+        assert inbox.wait(request)[1] == "length"
+    assert inbox.wait(worker.submit([9], greedy(5)))[1] == "length"
+
+
+def test_what_can_never_be_served_is_refused_where_it_is_asked_for(thread):
+    worker = thread()
+    with pytest.raises(ConfigError, match="token id 97"):
+        worker.submit([97], greedy(5))
+    assert worker.load().waiting == 0
+
+
+def test_a_step_that_fails_is_told_to_its_requests_and_others_are_served(thread, inbox):
+    model = random_model(LONG)
+    worker = thread(model)
+    kept = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    requests = [worker.submit([row, 5], greedy(5)) for row in range(3)]
+    assert [inbox.wait(request)[1] for request in requests] == ["error"] * 3
+    with torch.no_grad():
+        model.lm_head.weight.copy_(kept)
+    assert inbox.wait(worker.submit([1, 5], greedy(5))) == (generate(model, [[1, 5]], greedy(5))[0], "length")
+
+
+def test_closing_lets_what_runs_end_and_takes_nothing_more(thread, inbox):
+    worker = thread()
+    request = worker.submit([1], greedy(60))
+    closer = threading.Thread(target=worker.close, args=[60])
+    closer.start()
+    while not worker.is_closing:
+        time.sleep(0.001)
+    with pytest.raises(Closed):
+        worker.submit([2], greedy(5))
+    closer.join()
+    assert inbox.wait(request)[1] == "length"
+
+
+def test_closing_at_once_cancels_and_tells(thread, inbox):
+    worker = thread(max_running=1)
+    first, second = worker.submit([1], greedy(500)), worker.submit([2], greedy(500))
+    while not inbox.events.get(first):
+        time.sleep(0.001)
+    worker.close()
+    assert inbox.wait(first)[1] == inbox.wait(second)[1] == "cancelled"
+
+
+def test_an_idle_thread_takes_no_processor_time(thread, inbox):
+    worker = thread()
+    inbox.wait(worker.submit([1], greedy(5)))
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1

@@ -230,15 +230,24 @@ def chat(
     dtype: Dtype = "auto",
     base: Base = None,
 ) -> None:
-    """Talk with a model: a line is a question; /new begins anew, Ctrl-C ends an answer, Ctrl-D the conversation."""
+    """Talk with a model: a line is a question, Ctrl-C ends an answer, Ctrl-D the conversation; /help says more."""
+    from ternlm.cli.terminal import Conversation, talk
     from ternlm.infer.chat import start_chat
     from ternlm.infer.params import SamplingParams
-    from ternlm.infer.terminal import talk
     from ternlm.train.models import loaded
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    settings = {name: getattr(params, name) for name in names}
     with loaded(model, device, dtype, base) as (opened, network):
-        talk(start_chat(opened, network, params, protocol, system))
+        answerer = start_chat(opened, network, params, protocol)
+        talk(
+            Conversation(
+                lambda messages, settings: answerer.answer(messages, replace(answerer.params, **settings)),
+                settings,
+                system,
+            )
+        )
 
 
 @config.command("show")

@@ -68,6 +68,25 @@ def start_chat(
     params: the ids that end an answer are added.
     Raises ConfigError where the model has no tokenizer or no protocol.
     """
+    dialect = find_dialect(opened, protocol)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    params = replace(params, stop_ids=params.stop_ids | dialect.stop_ids)
+    return Chat(model, dialect.tokenizer, dialect.template, params, list[Message](messages))
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one chats with a model."""
+
+    tokenizer: Tokenizer
+    """In which the protocol's tokens have their names."""
+    template: str
+    stop_ids: frozenset[int]
+    """What ends an answer."""
+
+
+def find_dialect(opened: OpenModel, protocol: str | None = None) -> Dialect:
+    """Find how one chats with an opened model; protocol and errors as for `start_chat`."""
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{opened.path}: has no tokenizer, without which nobody can chat; put a tokenizer.json there")
@@ -77,9 +96,7 @@ def start_chat(
         raise ConfigError(f"{opened.path}: {error}, or let it continue a text with `tern generate`") from error
     tokenizer = chosen.fit(tokenizer)
     ends = {tokenizer.id_of(token) for token in chosen.stop}
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    params = replace(params, stop_ids=params.stop_ids | ends | stop_ids(tokenizer))
-    return Chat(model, tokenizer, chosen.template, params, list[Message](messages))
+    return Dialect(tokenizer, chosen.template, frozenset(ends | stop_ids(tokenizer)))
 
 
 def protocol_of(opened: OpenModel, tokenizer: Tokenizer, chat: str = "auto") -> ChatProtocol:

@@ -30,6 +30,7 @@ from ternlm.cli.options import (
     TopP,
 )
 from ternlm.cli.plan import plan
+from ternlm.cli.serve import serve
 
 app = typer.Typer(
     name="tern",
@@ -280,3 +281,4 @@ app.command("merge")(merge_adapter)
 app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
 app.command("calibrate")(calibrate)
+app.command("serve")(serve)

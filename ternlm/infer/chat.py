@@ -93,7 +93,7 @@ def find_dialect(opened: OpenModel, protocol: str | None = None) -> Dialect:
     try:
         chosen = protocol_of(opened, tokenizer, protocol or "auto")
     except DataError as error:
-        raise ConfigError(f"{opened.path}: {error}, or let it continue a text with `tern generate`") from error
+        raise ConfigError(f"{opened.path}: {error}") from error
     tokenizer = chosen.fit(tokenizer)
     ends = {tokenizer.id_of(token) for token in chosen.stop}
     return Dialect(tokenizer, chosen.template, frozenset(ends | stop_ids(tokenizer)))

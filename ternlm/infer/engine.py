@@ -45,6 +45,12 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_running, max_step_tokens)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text: of what the model was trained for, unless it stretches, and of the memory."""
+        room = self.pool.num_blocks * BLOCK
+        return room if self.config.rope_scaling.kind != "default" else min(room, self.config.max_position_embeddings)
+
+    @property
     def is_busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)

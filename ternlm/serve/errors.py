@@ -59,7 +59,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        told = {404: "there is nothing at this path; see /v1/models", 405: "this path doesn't take this method"}
+        return ApiError(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
 
@@ -101,7 +102,7 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         message = "is not known here; leave it out"
     elif first["type"] == "json_invalid":
         param, message = None, f"the body isn't JSON ({first.get('ctx', {}).get('error', 'unreadable')})"
-    elif not place:
+    elif not place and first["type"] != "value_error":
         message = f"the body must be a JSON object, sent as application/json ({message})"
     others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return ApiError(400, (f"{param}: {message}" if param else message) + others, param=param, code=first["type"])

@@ -1,5 +1,6 @@
 """What clients may ask for: the bodies of requests, as pydantic checks them. Unknown fields are errors."""
 
+import json
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +14,19 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
+class Body(Section):
+    """What a request brings."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_half_characters(cls, given: Any) -> Any:
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the body holds half a character (a lone surrogate); send whole ones") from error
+        return given
+
+
 class StreamOptions(Section):
     """What a stream tells beside the text."""
 
@@ -20,7 +34,7 @@ class StreamOptions(Section):
     include_obfuscation: Literal[False] | None = setting(None, "only false")
 
 
-class Continuation(Section):
+class Continuation(Body):
     """What the two ways to continue a text have in common."""
 
     model: str = setting(..., "as /v1/models names it")
@@ -82,7 +96,7 @@ class CompletionRequest(Continuation):
         """The prompts, each a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
+        if not self.prompt or isinstance(self.prompt[0], int):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [each for each in self.prompt if not isinstance(each, int)]
 
@@ -224,7 +238,7 @@ class ChatRequest(Continuation):
         return self
 
 
-class TokenizeRequest(Section):
+class TokenizeRequest(Body):
     """A text or a conversation to be encoded."""
 
     model: str | None = None
@@ -241,7 +255,7 @@ class TokenizeRequest(Section):
         return self
 
 
-class DetokenizeRequest(Section):
+class DetokenizeRequest(Body):
     """Token ids to be decoded."""
 
     model: str | None = None

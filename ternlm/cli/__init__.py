@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -231,15 +231,35 @@ def chat(
     dtype: Dtype = "auto",
     base: Base = None,
 ) -> None:
-    """Talk with a model: a line is a question; /new begins anew, Ctrl-C ends an answer, Ctrl-D the conversation."""
+    """Talk with a model: a line is a question, Ctrl-C ends an answer, Ctrl-D the conversation; /help says more."""
+    from ternlm.cli.terminal import Conversation, talk
     from ternlm.infer.chat import start_chat
     from ternlm.infer.params import SamplingParams
-    from ternlm.infer.terminal import talk
     from ternlm.train.models import loaded
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    settings = {name: getattr(params, name) for name in names}
     with loaded(model, device, dtype, base) as (opened, network):
-        talk(start_chat(opened, network, params, protocol, system))
+        answerer = start_chat(opened, network, params, protocol, _room_for_a_chat(network))
+        talk(
+            Conversation(
+                lambda messages, settings: answerer.answer(messages, replace(answerer.params, **settings)),
+                settings,
+                system,
+            )
+        )
+
+
+def _room_for_a_chat(network: Any) -> int:
+    """Return for how many tokens of a conversation there is memory."""
+    from ternlm.infer.engine import compute_dtype
+    from ternlm.infer.memory import choose_num_tokens
+    from ternlm.monitor.memory import free_memory
+
+    config, device = network.config, network.model.norm.weight.device
+    lengths = 1 if config.rope_scaling.kind == "default" else 4
+    return choose_num_tokens(config, compute_dtype(network), lengths, free_memory(device), device.type)
 
 
 @config.command("show")

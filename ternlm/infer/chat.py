@@ -1,7 +1,8 @@
-"""Talk with a model: a conversation that is kept, and an answer that streams. Screens and servers are for others."""
+"""Talk with a model: conversations in, answers that stream. Screens and servers are for others."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ternlm.config.section import ConfigError
@@ -10,68 +11,71 @@ from ternlm.data.chat import Message, encode_chat
 from ternlm.data.errors import DataError
 from ternlm.data.protocols import ChatProtocol, protocol_for
 from ternlm.data.tokenizer import Tokenizer
-from ternlm.infer.engine import generate
+from ternlm.infer.engine import Engine
 from ternlm.infer.params import SamplingParams
+from ternlm.infer.sampling import make_generator
 from ternlm.infer.text import TextStream, continue_encoded, stop_ids
 from ternlm.model.decoder import CausalLM
 
 
-@dataclass
 class Chat:
-    """A conversation with a model in memory."""
+    """A model that answers conversations. What it has read of one is kept, so that its next answer begins soon."""
 
-    model: CausalLM
-    tokenizer: Tokenizer
-    template: str
-    params: SamplingParams
-    """With the ids that end an answer."""
-    messages: list[Message] = field(default_factory=list)
+    def __init__(self, model: CausalLM, dialect: "Dialect", params: SamplingParams, num_tokens: int) -> None:
+        """params: as answers are drawn, with the ids that end them. num_tokens: of a conversation, that there is room
+        for."""
+        self.tokenizer, self.template, self.params = dialect.tokenizer, dialect.template, params
+        self._longest = num_tokens
+        if model.config.rope_scaling.kind == "default":
+            self._longest = min(num_tokens, model.config.max_position_embeddings)
+        self._engine = Engine(model, num_tokens, max_running=1)
+        self._times: Counter[tuple[int, ...]] = Counter()
 
-    def ask(self, text: str, write: Callable[[str], None]) -> str:
-        """Answer, handing the answer to `write` piece by piece; both become part of the conversation.
+    def answer(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the answer to what a user said last, piece by piece; closing the iterator ends it.
 
-        Where the answer is interrupted, or too little room is left for it (ConfigError), the conversation stays as it
-        was.
+        The same conversation is answered otherwise each time, unless the temperature is 0. Raises ConfigError where
+        too little room is left for an answer, DataError where the template refuses the conversation.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        params = params or self.params
         prompt = encode_chat(self.tokenizer, self.template, messages)
-        longest, dynamic = self.model.config.max_position_embeddings, self.model.config.rope_scaling.kind != "default"
-        room = self.params.max_new_tokens if dynamic else min(self.params.max_new_tokens, longest - len(prompt))
+        room = min(params.max_new_tokens, self._longest - len(prompt))
         if room < 1:
             raise ConfigError(
-                f"the conversation has {len(prompt)} tokens, and the model was trained for {longest}; begin a new one"
+                f"the conversation has {len(prompt)} tokens, and there is room for {self._longest}; begin a new one"
             )
-        stream, pieces = TextStream(self.tokenizer, prompt), []
-
-        def tell(piece: str) -> None:
-            pieces.append(piece)
-            write(piece)
-
-        generate(
-            self.model,
-            [prompt],
-            replace(self.params, max_new_tokens=room),
-            on_token=lambda _row, token: tell(stream.add([token])),
-        )
-        tell(stream.finish())
-        answer = "".join(pieces)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        return answer
+        generator = make_generator(params.seed, prompt, self._times[tuple(prompt)])
+        self._times[tuple(prompt)] += 1
+        request = self._engine.add(prompt, replace(params, max_new_tokens=room), generator=generator)
+        stream = TextStream(self.tokenizer, prompt)
+        try:
+            while self._engine.is_busy:
+                for event in self._engine.step():
+                    if event.token is not None and (piece := stream.add([event.token])):
+                        yield piece
+            if rest := stream.finish():
+                yield rest
+        finally:
+            self._engine.cancel(request)
 
 
 def start_chat(
-    opened: OpenModel, model: CausalLM, params: SamplingParams, protocol: str | None = None, system: str | None = None
+    opened: OpenModel,
+    model: CausalLM,
+    params: SamplingParams,
+    protocol: str | None = None,
+    num_tokens: int | None = None,
 ) -> Chat:
-    """Begin a conversation with an opened model, whose weights are in `model`.
+    """Chat with an opened model, whose weights are in `model`.
 
     protocol: a name of `PROTOCOLS` or a template's file; the model's own if not given.
-    params: the ids that end an answer are added.
+    params: the ids that end an answer are added. num_tokens: that there is to be room for; the model's own length if
+    not given.
     Raises ConfigError where the model has no tokenizer or no protocol.
     """
     dialect = find_dialect(opened, protocol)
-    messages = [] if system is None else [{"role": "system", "content": system}]
     params = replace(params, stop_ids=params.stop_ids | dialect.stop_ids)
-    return Chat(model, dialect.tokenizer, dialect.template, params, list[Message](messages))
+    return Chat(model, dialect, params, num_tokens or model.config.max_position_embeddings)
 
 
 @dataclass(frozen=True)

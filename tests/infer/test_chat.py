@@ -1,4 +1,3 @@
-import io
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from ternlm.data.chat import INTERNLM, INTERNLM2, encode_chat
 from ternlm.data.tokenizer import Tokenizer, train_bpe
 from ternlm.infer.chat import Chat, start_chat
 from ternlm.infer.engine import generate
-from ternlm.infer.terminal import talk
+from ternlm.infer.params import SamplingParams
 from ternlm.model.decoder import CausalLM, build_model
 
 MARKS = ("<unk>", "<s>", "</s>", "<eoh>", "<eoa>")
@@ -36,22 +35,35 @@ def config(tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig(preset="tiny", vocab_size=tokenizer.vocab_size, max_position_embeddings=160)
 
 
-def begin(model: CausalLM, tokenizer: Tokenizer | None, **changes) -> Chat:
+def begin(model: CausalLM, tokenizer: Tokenizer | None, params: SamplingParams | None = None, **changes) -> Chat:
     opened = OpenModel(Path("m"), model.config, None, tokenizer, changes.pop("facts", {}))  # type: ignore[arg-type]
-    return start_chat(opened, model, greedy(9), **changes)
+    return start_chat(opened, model, params or greedy(9), **changes)
 
 
-def test_an_answer_streams_and_becomes_part_of_the_conversation(model, tokenizer) -> None:
-    chat = begin(model, tokenizer, system="be kind")
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_an_answer_streams_and_the_next_one_builds_on_it(model, tokenizer) -> None:
+    chat, messages = begin(model, tokenizer), [{"role": "system", "content": "be kind"}]
     for question in ("hello", "how?"):
-        prompt = encode_chat(tokenizer, INTERNLM.template, [*chat.messages, {"role": "user", "content": question}])
+        messages.append(user(question))
+        prompt = encode_chat(tokenizer, INTERNLM.template, messages)
         (tokens,) = generate(model, [prompt], chat.params)
-        pieces: list[str] = []
-        answer = chat.ask(question, pieces.append)
-        assert "".join(pieces) == answer
-        assert tokenizer.decode(tokens) == answer
-    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert chat.messages[-1]["content"] == answer
+        pieces = list(chat.answer(messages))
+        assert len(pieces) > 1
+        assert "".join(pieces) == tokenizer.decode(tokens)
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def test_a_question_asked_again_is_answered_otherwise(model, tokenizer) -> None:
+    def answers() -> list[str]:
+        chat = begin(model, tokenizer, SamplingParams(max_new_tokens=9, seed=3))
+        return ["".join(chat.answer([user("hello")])) for _ in range(3)]
+
+    first = answers()
+    assert len(set(first)) == 3
+    assert answers() == first
 
 
 def test_the_models_own_template_and_ends_are_taken(model, tokenizer) -> None:
@@ -74,25 +86,12 @@ def test_the_tokenizer_tells_the_protocol_where_nothing_else_does(model, tokeniz
     assert INTERNLM2.stop[0] == "<|im_end|>"
 
 
-def test_a_full_conversation_says_so_and_stays_as_it_was(model, tokenizer) -> None:
+def test_a_full_conversation_says_so_and_an_answer_may_be_left(model, tokenizer) -> None:
     chat = begin(model, tokenizer)
-    chat.ask("hello", lambda piece: None)
-    before = list(chat.messages)
-    with pytest.raises(ConfigError, match=r"the model was trained for 160; begin a new one"):
-        chat.ask("hello " * 200, lambda piece: None)
-
-    def interrupt(piece: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        chat.ask("hello", interrupt)
-    assert chat.messages == before
-
-
-def test_lines_are_questions_in_a_terminal(model, tokenizer, monkeypatch, capsys) -> None:
-    chat = begin(model, tokenizer, system="be kind")
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nhow?\n/new\nhello\n"))
-    talk(chat)
-    first, second, third = capsys.readouterr().out.rstrip("\n").split("\n")
-    assert first == third != second
-    assert [message["content"] for message in chat.messages] == ["be kind", "hello", first]
+    whole = "".join(chat.answer([user("hello")]))
+    with pytest.raises(ConfigError, match=r"there is room for 160; begin a new one"):
+        list(chat.answer([user("hello " * 200)]))
+    answer = chat.answer([user("hello")])
+    assert whole.startswith(next(answer))
+    answer.close()
+    assert "".join(chat.answer([user("hello")])) == whole

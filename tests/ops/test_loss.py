@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ternlm.ops import loss
 from ternlm.ops.loss import chunked_cross_entropy
 
 
@@ -67,3 +68,23 @@ def test_bfloat16_hidden_states_give_float32_gradients_of_the_weight():
     assert half.grad.dtype == torch.bfloat16
     reference = (F.cross_entropy(half.float() @ weight.T, targets, reduction="none") * weights).sum()
     torch.testing.assert_close(losses.total, reference, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("num_trained", [0, 1, 15, 16, 17, 90, 95, 96])
+def test_few_numbers_of_rows_occur_whatever_is_trained(num_trained, monkeypatch):
+    torch.manual_seed(num_trained)
+    hidden, head, targets = torch.randn(96, 8), torch.randn(30, 8), torch.randint(30, (96,))
+    weights = torch.zeros(96)
+    weights[torch.randperm(96)[:num_trained]] = torch.rand(num_trained) + 0.1
+    expected = (torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none") * weights).sum()
+    rows, apply = [], loss._ChunkedCrossEntropy.apply
+
+    def noting(*given):
+        rows.append(len(given[0]))
+        return apply(*given)
+
+    monkeypatch.setattr(loss._ChunkedCrossEntropy, "apply", noting)
+    found = loss.chunked_cross_entropy(hidden, head, targets, weights, chunk_tokens=50)
+    torch.testing.assert_close(found.total, expected)
+    assert ((found.nll_N != 0) == (weights != 0)).all()
+    assert rows == [-(-num_trained // 16) * 16]

@@ -137,7 +137,7 @@ def test_the_trained_model_chats_by_the_template_that_it_learnt(make_settings):
     assert opened.facts["chat_template"] == CHATML.template
     assert opened.facts["generation"]["eos_token_id"] == [opened.tokenizer.id_of("<|im_end|>")]
     chat = start_chat(opened, run.model, SamplingParams(max_new_tokens=30, temperature=0.0))
-    assert chat.ask("Hi", lambda piece: None) == "Hello! How can I help you today?"
+    assert "".join(chat.answer([{"role": "user", "content": "Hi"}])) == "Hello! How can I help you today?"
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [line["text"] for line in lines if "text" in line] == ["Hello! How can I help you today?"]
 

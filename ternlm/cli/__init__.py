@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -30,6 +30,7 @@ from ternlm.cli.options import (
     TopP,
 )
 from ternlm.cli.plan import plan
+from ternlm.cli.serve import serve
 
 app = typer.Typer(
     name="tern",
@@ -240,7 +241,7 @@ def chat(
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
     settings = {name: getattr(params, name) for name in names}
     with loaded(model, device, dtype, base) as (opened, network):
-        answerer = start_chat(opened, network, params, protocol)
+        answerer = start_chat(opened, network, params, protocol, _room_for_a_chat(network))
         talk(
             Conversation(
                 lambda messages, settings: answerer.answer(messages, replace(answerer.params, **settings)),
@@ -248,6 +249,17 @@ def chat(
                 system,
             )
         )
+
+
+def _room_for_a_chat(network: Any) -> int:
+    """Return for how many tokens of a conversation there is memory."""
+    from ternlm.infer.engine import compute_dtype
+    from ternlm.infer.memory import choose_num_tokens
+    from ternlm.monitor.memory import free_memory
+
+    config, device = network.config, network.model.norm.weight.device
+    lengths = 1 if config.rope_scaling.kind == "default" else 4
+    return choose_num_tokens(config, compute_dtype(network), lengths, free_memory(device), device.type)
 
 
 @config.command("show")
@@ -289,3 +301,4 @@ app.command("merge")(merge_adapter)
 app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
 app.command("calibrate")(calibrate)
+app.command("serve")(serve)

@@ -28,6 +28,11 @@ _WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTED)
+_BYTES = {chr(byte): bytes([byte]) for byte in _PRINTED} | {chr(256 + i): bytes([b]) for i, b in enumerate(_OTHERS)}
+"""GPT-2's alphabet: characters that stand for bytes."""
+
 
 class Tokenizer:
     """Text to ids and back.
@@ -127,21 +132,26 @@ class Tokenizer:
         Over the ids of a text they add up to the text's bytes, unless the tokenizer changes text:
         sentencepiece takes a literal U+2581 for a space, and some models add a space or normalise Unicode.
         """
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int32)
+
+    @cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """The bytes that each id stands for in a text; none for special tokens and ids that no token has."""
         spelling = _spelling(json.loads(self._text))
         added = self._backend.get_added_tokens_decoder()
-        counts = np.zeros(self.vocab_size, dtype=np.int32)
+        pieces = [b""] * self.vocab_size
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
             if index in self.special_ids:
                 continue
             if index in added or spelling == "plain":
-                counts[index] = len(token.encode())
+                pieces[index] = token.encode()
             elif spelling == "bytes":
-                counts[index] = len(token)  # one character of the byte alphabet per byte
+                pieces[index] = b"".join(_BYTES.get(character) or character.encode() for character in token)
             elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                counts[index] = 1
+                pieces[index] = bytes([int(token[3:5], 16)])
             else:
-                counts[index] = len(token.replace(SPACE, " ").encode())
-        return counts
+                pieces[index] = token.replace(SPACE, " ").encode()
+        return tuple(pieces)
 
     @cached_property
     def _markup(self) -> tokenizers.Tokenizer:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ternlm.config.section import ConfigError
@@ -11,29 +11,24 @@ from ternlm.data.chat import Message, encode_chat
 from ternlm.data.errors import DataError
 from ternlm.data.protocols import ChatProtocol, protocol_for
 from ternlm.data.tokenizer import Tokenizer
-from ternlm.infer.engine import Engine, compute_dtype
-from ternlm.infer.memory import tokens_that_fit
-from ternlm.infer.pages import BLOCK
+from ternlm.infer.engine import Engine
 from ternlm.infer.params import SamplingParams
 from ternlm.infer.sampling import make_generator
 from ternlm.infer.text import TextStream, continue_encoded, stop_ids
 from ternlm.model.decoder import CausalLM
 
-_LONGEST = 32768
-"""Tokens of a conversation that there is room for at most, however long a context the model takes."""
-
 
 class Chat:
     """A model that answers conversations. What it has read of one is kept, so that its next answer begins soon."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, template: str, params: SamplingParams) -> None:
-        """params: as answers are drawn, with the ids that end them."""
-        self.tokenizer, self.template, self.params = tokenizer, template, params
-        config = model.config
-        self._longest, self._dynamic = config.max_position_embeddings, config.rope_scaling.kind != "default"
-        dtype, device = compute_dtype(model), model.model.norm.weight.device
-        room = tokens_that_fit(config, dtype, device, _LONGEST if self._dynamic else min(self._longest, _LONGEST))
-        self._engine = Engine(model, room + BLOCK, max_running=1)
+    def __init__(self, model: CausalLM, dialect: "Dialect", params: SamplingParams, num_tokens: int) -> None:
+        """params: as answers are drawn, with the ids that end them. num_tokens: of a conversation, that there is room
+        for."""
+        self.tokenizer, self.template, self.params = dialect.tokenizer, dialect.template, params
+        self._longest = num_tokens
+        if model.config.rope_scaling.kind == "default":
+            self._longest = min(num_tokens, model.config.max_position_embeddings)
+        self._engine = Engine(model, num_tokens, max_running=1)
         self._times: Counter[tuple[int, ...]] = Counter()
 
     def answer(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[str]:
@@ -44,12 +39,10 @@ class Chat:
         """
         params = params or self.params
         prompt = encode_chat(self.tokenizer, self.template, messages)
-        most = params.max_new_tokens
-        room = min(most, self._longest - len(prompt)) if not self._dynamic else most
+        room = min(params.max_new_tokens, self._longest - len(prompt))
         if room < 1:
             raise ConfigError(
-                f"the conversation has {len(prompt)} tokens, and the model was trained for {self._longest}; "
-                "begin a new one"
+                f"the conversation has {len(prompt)} tokens, and there is room for {self._longest}; begin a new one"
             )
         generator = make_generator(params.seed, prompt, self._times[tuple(prompt)])
         self._times[tuple(prompt)] += 1
@@ -66,25 +59,48 @@ class Chat:
             self._engine.cancel(request)
 
 
-def start_chat(opened: OpenModel, model: CausalLM, params: SamplingParams, protocol: str | None = None) -> Chat:
+def start_chat(
+    opened: OpenModel,
+    model: CausalLM,
+    params: SamplingParams,
+    protocol: str | None = None,
+    num_tokens: int | None = None,
+) -> Chat:
     """Chat with an opened model, whose weights are in `model`.
 
     protocol: a name of `PROTOCOLS` or a template's file; the model's own if not given.
-    params: the ids that end an answer are added.
+    params: the ids that end an answer are added. num_tokens: that there is to be room for; the model's own length if
+    not given.
     Raises ConfigError where the model has no tokenizer or no protocol.
     """
+    dialect = find_dialect(opened, protocol)
+    params = replace(params, stop_ids=params.stop_ids | dialect.stop_ids)
+    return Chat(model, dialect, params, num_tokens or model.config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one chats with a model."""
+
+    tokenizer: Tokenizer
+    """In which the protocol's tokens have their names."""
+    template: str
+    stop_ids: frozenset[int]
+    """What ends an answer."""
+
+
+def find_dialect(opened: OpenModel, protocol: str | None = None) -> Dialect:
+    """Find how one chats with an opened model; protocol and errors as for `start_chat`."""
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{opened.path}: has no tokenizer, without which nobody can chat; put a tokenizer.json there")
     try:
         chosen = protocol_of(opened, tokenizer, protocol or "auto")
     except DataError as error:
-        raise ConfigError(f"{opened.path}: {error}, or let it continue a text with `tern generate`") from error
+        raise ConfigError(f"{opened.path}: {error}") from error
     tokenizer = chosen.fit(tokenizer)
     ends = {tokenizer.id_of(token) for token in chosen.stop}
-    return Chat(
-        model, tokenizer, chosen.template, replace(params, stop_ids=params.stop_ids | ends | stop_ids(tokenizer))
-    )
+    return Dialect(tokenizer, chosen.template, frozenset(ends | stop_ids(tokenizer)))
 
 
 def protocol_of(opened: OpenModel, tokenizer: Tokenizer, chat: str = "auto") -> ChatProtocol:

@@ -45,6 +45,12 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_running, max_step_tokens)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest text: of what the model was trained for, unless it stretches, and of the memory."""
+        room = self.pool.num_blocks * BLOCK
+        return room if self.config.rope_scaling.kind != "default" else min(room, self.config.max_position_embeddings)
+
+    @property
     def is_busy(self) -> bool:
         """Whether a request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
@@ -194,7 +200,10 @@ class Engine:
         """Note how likely the prompt's tokens are that follow those of this share."""
         request = share.request
         first = request.num_stored + 1
-        targets = request.prompt[first : first + len(share.tokens)]
+        # One that gave its memory back is computed anew: what is known of it isn't noted again.
+        known = len(request.prompt_logprobs) + 1 - first
+        hidden_TD = hidden_TD[known:]
+        targets = request.prompt[first + known : first + len(share.tokens)]
         for start in range(0, len(targets), _LOGIT_ROWS):
             own = targets[start : start + _LOGIT_ROWS]
             logits_BV = self.model.lm_head(hidden_TD[start : start + len(own)])

@@ -1,30 +1,31 @@
-"""How much memory keys and values take, and how much there is."""
-
-import os
-from pathlib import Path
+"""How much of the memory that is free an engine takes for keys and values."""
 
 import torch
 
 from ternlm.config.model import ModelConfig
+from ternlm.config.section import ConfigError
+from ternlm.infer.pages import BLOCK
+
+_SHARE = {"cuda": 0.8, "cpu": 0.5}
+"""Of what is free; the rest is for what forward passes hold, and for others."""
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Return what a token's keys and values take in all layers, in bytes."""
+    """Return the bytes that the keys and values of a token take in all layers."""
     return 2 * config.num_hidden_layers * config.kv_heads * config.head_size * dtype.itemsize
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return what a device has left, in bytes; of a CPU what can be had without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def choose_num_tokens(config: ModelConfig, dtype: torch.dtype, max_running: int, free_bytes: int, device: str) -> int:
+    """Return for how many tokens to keep room: as many as the texts that may run can need, if there is memory.
 
-
-def tokens_that_fit(config: ModelConfig, dtype: torch.dtype, device: torch.device, wanted: int) -> int:
-    """Return for how many tokens there is room in half of the free memory, at most `wanted`."""
-    fitting = free_bytes(device) // 2 // bytes_per_token(config, dtype)
-    return max(min(wanted, fitting), 1)
+    device: its type. Raises ConfigError where there is memory for less than a block.
+    """
+    fit = int(free_bytes * _SHARE.get(device, 0.5)) // bytes_per_token(config, dtype)
+    wanted = max_running * -(-config.max_position_embeddings // BLOCK) * BLOCK
+    num = min(fit // BLOCK * BLOCK, wanted)
+    if num < BLOCK:
+        raise ConfigError(
+            f"{free_bytes / 2**20:,.0f} MiB are free, too little for the keys and values of {BLOCK} tokens; end what "
+            "else runs here, or choose a smaller model"
+        )
+    return num

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")  # proc(5): Linux alone has it
+_SYSTEM = Path("/proc/meminfo")
+_GROUP_USE = Path("/sys/fs/cgroup/memory.current")
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # cgroups, version 2: a container's limit, or "max"
 
 
@@ -39,6 +41,19 @@ def device_memory(device: torch.device, sharers: int = 1) -> int:
         shared = min(shared, int(text))
     address_space = _address_space()  # of each process
     return shared // sharers if address_space is None else min(shared // sharers, address_space)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can be taken now, whoever holds the others; where the system doesn't tell, half of all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = device_memory(device) // 2
+    if _SYSTEM.exists():
+        lines = (line.split() for line in _SYSTEM.read_text().splitlines())
+        free = next((int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"), free)
+    if _GROUP_LIMIT.is_file() and _GROUP_USE.is_file() and (limit := _GROUP_LIMIT.read_text().strip()).isdecimal():
+        free = min(free, max(int(limit) - int(_GROUP_USE.read_text()), 0))
+    return free
 
 
 def held_memory(device: torch.device) -> int:

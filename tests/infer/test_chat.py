@@ -89,7 +89,7 @@ def test_the_tokenizer_tells_the_protocol_where_nothing_else_does(model, tokeniz
 def test_a_full_conversation_says_so_and_an_answer_may_be_left(model, tokenizer) -> None:
     chat = begin(model, tokenizer)
     whole = "".join(chat.answer([user("hello")]))
-    with pytest.raises(ConfigError, match=r"the model was trained for 160; begin a new one"):
+    with pytest.raises(ConfigError, match=r"there is room for 160; begin a new one"):
         list(chat.answer([user("hello " * 200)]))
     answer = chat.answer([user("hello")])
     assert whole.startswith(next(answer))

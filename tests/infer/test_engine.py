@@ -173,6 +173,19 @@ def test_log_probabilities_of_prompt_and_text():
         assert [value for _, value in each.top] == pytest.approx(values.tolist(), abs=1e-4)
 
 
+def test_a_prompts_log_probabilities_are_told_once_though_it_is_computed_twice():
+    model, prompts = random_model(LONG), random_prompts([60, 60, 60])
+    small, large = Engine(model, 224, max_step_tokens=40), Engine(model, 4096)
+    told = []
+    for engine in (small, large):
+        requests = [engine.add(prompt, greedy(40, logprobs=0), wants_prompt=True) for prompt in prompts]
+        run(engine)
+        told.append([[each.token for each in request.prompt_logprobs] for request in requests])
+    assert small.scheduler.num_preemptions > 0
+    for ours, expected in zip(*told, strict=True):
+        assert ours == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_constraint_says_what_may_come():
     class Counting:
         def __init__(self):

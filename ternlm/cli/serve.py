@@ -1,0 +1,117 @@
+"""The verb `tern serve`."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ternlm.cli.options import Base, Device, Dtype, Model
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that requests must bring.", envvar="TERNLM_API_KEY", show_default="none"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model.", show_default="its folder's or file's")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    base: Base = None,
+    protocol: Annotated[
+        Literal["internlm", "internlm2", "chatml", "llama3"] | None,
+        typer.Option(help="How it was trained to chat.", show_default="the model's own"),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens whose keys and values are kept.", min=16, show_default="from the free memory"),
+    ] = None,
+    max_running: Annotated[int, typer.Option(help="Texts that are continued at the same time.", min=1)] = 64,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)] = 512,
+    max_waiting: Annotated[int, typer.Option(help="Texts that wait beyond those; more are refused.", min=0)] = 256,
+    max_body_mib: Annotated[float, typer.Option(help="Largest body of a request, in MiB.", min=0.001)] = 4.0,
+    grace: Annotated[float, typer.Option(help="Seconds that answers have to end, once it is stopped.", min=0)] = 30.0,
+    log_requests: Annotated[bool, typer.Option(help="Log a line for each request; never what it says.")] = False,
+) -> None:
+    """Serve a model by OpenAI's HTTP interface. The port opens once the model is loaded."""
+    from ternlm.config.section import ConfigError
+
+    try:
+        from ternlm.serve.guard import Gate, Rules, check_host, is_local
+        from ternlm.serve.run import bind, run
+        from ternlm.serve.torch_engine import TorchBackend
+    except ImportError as error:
+        raise ConfigError(f"tern serve needs {error.name}; pip install 'ternlm[serve]'") from error
+    check_host(host, api_key)
+    bound = bind(host, port)
+    from ternlm.serve.app import make_app
+    from ternlm.train.models import loaded
+
+    with loaded(model, device, dtype, base) as (opened, network):
+        engine, context = _make_engine(network, kv_tokens, max_running, max_step_tokens)
+        served = _describe(name or Path(model).stem, opened, engine, protocol, max_running + max_waiting)
+        backend = TorchBackend(engine, served.tokenizer, max_waiting=max_waiting, context=context)
+        rules = Rules(api_key, int(max_body_mib * 2**20), api_key is None and is_local(host), log_requests)
+        gate = Gate()
+
+        def announce(url: str) -> None:
+            chat = "" if served.dialect else f"; no chat: {served.why_not}"
+            typer.echo(f"{url}/v1 serves {served.name}, texts of up to {served.max_tokens:,} tokens{chat}")
+            sys.stdout.flush()  # who started this in a pipe waits for it
+
+        run(make_app(served, backend, rules, gate), backend, gate, bound, grace, announce)
+
+
+def _make_engine(
+    network: Any, kv_tokens: int | None, max_running: int, max_step_tokens: int
+) -> tuple[Any, Callable[[], Any]]:
+    """Return the engine of a loaded model, and the context that its steps run in."""
+    from ternlm.infer.engine import Engine, compute_dtype
+    from ternlm.infer.memory import choose_num_tokens
+    from ternlm.monitor.memory import free_memory
+    from ternlm.train.precision import autocast
+
+    device, dtype = network.model.norm.weight.device, compute_dtype(network)
+    if kv_tokens is None:
+        kv_tokens = choose_num_tokens(network.config, dtype, max_running, free_memory(device), device.type)
+    engine = Engine(network, kv_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
+    return engine, lambda: autocast(device, dtype)
+
+
+def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_jobs: int) -> Any:
+    """Return what the front end knows of a model; one that can't chat is served for all else, unless told how to."""
+    from ternlm.config.section import ConfigError
+    from ternlm.infer.chat import find_dialect, told_ends
+    from ternlm.infer.text import stop_ids
+    from ternlm.serve.backend import ServedModel
+
+    dialect, why_not, tokenizer = None, "", opened.tokenizer
+    try:
+        dialect = find_dialect(opened, protocol)
+        tokenizer = dialect.tokenizer
+    except ConfigError as error:
+        if protocol is not None:
+            raise
+        why_not = str(error)
+    assert tokenizer is not None  # `loaded` has seen to it
+    told = {end for end in told_ends(opened.facts) if 0 <= end < engine.config.vocab_size}
+    return ServedModel(
+        name=name,
+        created=int(time.time()),
+        tokenizer=tokenizer,
+        vocab_size=engine.config.vocab_size,
+        max_tokens=engine.longest,
+        max_jobs=max_jobs,
+        stop_ids=stop_ids(tokenizer) | told,
+        dialect=dialect,
+        why_not=why_not,
+    )

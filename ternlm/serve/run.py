@@ -1,0 +1,85 @@
+"""A server from its settings to its end: the port, the signals, and what runs when they come."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from ternlm.config.section import ConfigError
+from ternlm.serve.backend import Backend
+from ternlm.serve.guard import Gate
+
+logger = logging.getLogger(__name__)
+
+_LAST_ANSWERS_SECONDS = 5
+"""Time for answers that have ended to reach their clients."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take a port, not open yet. Raises ConfigError where it can't be had. port 0: any that is free."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port} can't be used ({error.strerror}); choose others") from error
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return where a bound port is found."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def run(
+    app: Any, backend: Backend, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM comes, then let what runs go on for `grace` seconds at most.
+
+    announce: called with the URL once requests are served. A second signal ends what runs at once.
+    """
+    asyncio.run(_run(app, backend, gate, bound, grace, announce))
+
+
+async def _run(
+    app: Any, backend: Backend, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
+) -> None:
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+    )
+    server = uvicorn.Server(settings)
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    told, again = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # instead of uvicorn's, which would close the port at once
+        loop.add_signal_handler(number, lambda: (again if told.is_set() else told).set())
+    announce(url_of(bound))
+    await _first({serving, asyncio.create_task(told.wait())})
+    gate.is_open = False
+    logger.info("ending: new requests are refused, what runs has %g s", grace)
+    closing = asyncio.create_task(backend.close(grace))
+    await _first({closing, asyncio.create_task(again.wait())})
+    if not closing.done():
+        await backend.close(0.0)
+    await closing
+    server.should_exit = True
+    await serving
+
+
+async def _first(tasks: set[asyncio.Task[Any]]) -> None:
+    """Wait for one of the tasks; those that wait for a signal are given up."""
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from ternlm.cli.bench import bench
 from ternlm.cli.calibrate import calibrate
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign, merge_adapter
 from ternlm.cli.data import data
@@ -40,6 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 config = typer.Typer(help="Look at the settings of a run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.add_typer(config, name="config")
 

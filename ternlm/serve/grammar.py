@@ -11,6 +11,7 @@ from ternlm.serve.tool_calls import ToolFormat
 
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As templates write JSON. A small model that may write blanks at will never ends."""
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 _MARK = re.compile(r"<[^<>\s]+>")
 
 
@@ -29,7 +30,7 @@ def grammar_of_calls(form: ToolFormat, tokenizer: Tokenizer, functions: Sequence
             "type": "object",
             "properties": {
                 "name": {"const": function.name},
-                form.arguments: function.parameters or {"type": "object"},
+                form.arguments: function.parameters or _NOTHING,
             },
             "required": ["name", form.arguments],
             "additionalProperties": False,

@@ -80,6 +80,16 @@ def test_a_tiny_temperature_is_greedy(params):
     assert draw(LOGITS * 1e4, params, times=10)[4] == 10
 
 
+@pytest.mark.parametrize("setting", ["temperature", "top_p", "min_p"])
+@pytest.mark.parametrize("value", [5e-324, 1e-46, 1e-40])
+def test_settings_too_small_for_float32_are_as_the_smallest_that_are_not(setting, value):
+    counts = draw(LOGITS, SamplingParams(**{setting: value}), times=200)
+    if setting == "min_p":
+        assert (counts > 0).sum() > 3
+    else:
+        assert counts[4] == 200
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
     # Token 4 falls from 3 to 1.5, below token 0 with 2; token 5 from -2 to -4.
     row = Row(SamplingParams(temperature=0.0, repetition_penalty=2.0), torch.Generator(), [4, 4], [5])

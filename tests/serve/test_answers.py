@@ -109,7 +109,7 @@ def test_seeds_repeat_and_their_absence_does_not(http):
 def test_stop_strings_across_tokens_end_a_text_wherever_they_begin(http):
     (text,) = texts(complete(http, temperature=0))
     for size in (1, 2, 4):
-        for first in range(size, len(text) - 4, 8):
+        for first in range(size, len(text) - 4, 12):
             stop = text[first : first + size]
             choice = complete(http, temperature=0, stop=[stop, "never"]).json()["choices"][0]
             assert (choice["text"], choice["finish_reason"]) == (text[: text.index(stop)], "stop")

@@ -89,6 +89,9 @@ class Guard:
                 await body.response()(scope, receive, note)
             elif body is not None:
                 await self._app(scope, _replayed(body, receive), note)
+        except Exception:
+            status = 500  # what is answered then passes by here
+            raise
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.answered(path, status)

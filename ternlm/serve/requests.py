@@ -24,7 +24,9 @@ class Body(Section):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_breaks(cls, given: Any) -> Any:
-        for name, value in [("the body", given), *given.items()] if isinstance(given, dict) else ():
+        if not isinstance(given, dict):
+            return given  # refused by its type
+        for name, value in [("the body", given), *given.items()]:
             if isinstance(value, dict) and len(value) > _MOST_FIELDS:
                 raise ValueError(f"{name[:40]} has {len(value):,} fields; {_MOST_FIELDS:,} are the most")
         try:

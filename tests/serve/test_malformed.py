@@ -176,6 +176,13 @@ def test_a_body_that_is_none_is_refused(http, path, body):
     check(post(http, path, body))
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", ""])
+@pytest.mark.parametrize("path", [CHAT, COMPLETE, "/tokenize", "/detokenize"])
+def test_a_body_that_is_not_sent_as_json_is_refused(http, path, kind):
+    body = json.dumps({"model": "tiny", "prompt": "a", "messages": ASK, "tokens": [1]}).encode()
+    check(http.post(path, content=body, headers={"Content-Type": kind}))
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -116,6 +116,15 @@ def test_the_server_works_though_a_step_fails(monkeypatch, caplog):
         assert server.is_free()
 
 
+def test_an_error_of_the_servers_own_is_told_without_details_and_counted(monkeypatch):
+    with serving() as server, server.http() as http:
+        monkeypatch.setattr(server.tokenizer, "encode", lambda text: 1 / 0)
+        answer = http.post("/tokenize", json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "division" not in answer.text
+        assert 'ternlm_requests_total{route="/tokenize",status="500"} 1.0' in http.get("/metrics").text
+
+
 def test_while_it_ends_new_requests_are_refused():
     with serving() as server, server.http() as http:
         server.gate.is_open = False

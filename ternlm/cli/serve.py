@@ -89,8 +89,7 @@ def _make_engine(
 
 def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_jobs: int) -> Any:
     """Return what the front end knows of a model; one that can't chat is served for all else, unless told how to."""
-    from ternlm.config.section import ConfigError
-    from ternlm.infer.chat import find_dialect, told_ends
+    from ternlm.infer.chat import NoDialect, find_dialect, told_ends
     from ternlm.infer.text import stop_ids
     from ternlm.serve.backend import ServedModel
 
@@ -98,7 +97,7 @@ def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_job
     try:
         dialect = find_dialect(opened, protocol)
         tokenizer = dialect.tokenizer
-    except ConfigError as error:
+    except NoDialect as error:
         if protocol is not None:
             raise
         why_not = str(error)

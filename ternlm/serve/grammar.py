@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ternlm.config.section import ConfigError
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.serve.requests import Function, ResponseFormat
 from ternlm.serve.tool_calls import ToolFormat
@@ -54,7 +55,9 @@ def _definitions(functions: Sequence[Function]) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for function in functions:
             own = (function.parameters or {}).get(key)
-            merged |= own if isinstance(own, Mapping) else {}
+            for name, schema in own.items() if isinstance(own, Mapping) else ():
+                if merged.setdefault(name, schema) != schema:
+                    raise ConfigError(f"two tools define {name[:64]!r} differently; give one of them another name")
         if merged:
             found[key] = merged
     return found

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ternlm.config.section import ConfigError
-from ternlm.serve.errors import ApiError, shutting_down
+from ternlm.serve.errors import ApiError, as_api_error, shutting_down
 from ternlm.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_NOTHING_YET = 499
+"""The status of what nobody waited for."""
 _PASSED_OVER = 64 * 2**20
 """Bytes of a body too large that are read and dropped, so that the client comes to read why."""
 
@@ -75,7 +77,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 499  # until something is answered
+        began, status = time.perf_counter(), _NOTHING_YET
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -89,9 +91,10 @@ class Guard:
                 await body.response()(scope, receive, note)
             elif body is not None:
                 await self._app(scope, _replayed(body, receive), note)
-        except Exception:
-            status = 500  # what is answered then passes by here
-            raise
+        except Exception as error:
+            if status != _NOTHING_YET:  # the answer has begun: all that is left is to break it off
+                raise
+            await as_api_error(error).response()(scope, receive, note)
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.answered(path, status)

@@ -125,6 +125,15 @@ def test_an_error_of_the_servers_own_is_told_without_details_and_counted(monkeyp
         assert 'ternlm_requests_total{route="/tokenize",status="500"} 1.0' in http.get("/metrics").text
 
 
+def test_requests_are_logged_without_what_they_say(caplog):
+    with serving(log_requests=True) as server, server.http() as http, caplog.at_level("INFO"):
+        http.post(COMPLETE, json={"model": "tiny", "prompt": "my secret", "max_tokens": 1})
+        http.get("/v1/models/secret")
+        told = lambda: [each.getMessage() for each in caplog.records if each.name == "ternlm.serve.guard"]  # noqa: E731
+        wait_until(lambda: len(told()) > 1)
+    assert [message.partition(" in ")[0] for message in told()] == ["POST /v1/completions 200", "GET other 404"]
+
+
 def test_while_it_ends_new_requests_are_refused():
     with serving() as server, server.http() as http:
         server.gate.is_open = False

@@ -44,15 +44,16 @@ def serve(
 ) -> None:
     """Serve a model by OpenAI's HTTP interface. The port opens once the model is loaded."""
     from ternlm.config.section import ConfigError
+    from ternlm.serve.address import bind, check_host, is_local
 
+    check_host(host, api_key)
+    bound = bind(host, port)
     try:
-        from ternlm.serve.guard import Gate, Rules, check_host, is_local
-        from ternlm.serve.run import bind, run
+        from ternlm.serve.guard import Gate, Rules
+        from ternlm.serve.run import run
         from ternlm.serve.torch_engine import TorchBackend
     except ImportError as error:
         raise ConfigError(f"tern serve needs {error.name}; pip install 'ternlm[serve]'") from error
-    check_host(host, api_key)
-    bound = bind(host, port)
     from ternlm.serve.app import make_app
     from ternlm.train.models import loaded
 

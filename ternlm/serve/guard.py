@@ -5,7 +5,6 @@ Plain ASGI: bodies are read here, up to their limit, so that nothing behind it s
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import time
 from collections.abc import Collection
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ternlm.config.section import ConfigError
+from ternlm.serve.address import is_local
 from ternlm.serve.errors import ApiError, as_api_error, shutting_down
 from ternlm.serve.metrics import Metrics
 
@@ -42,27 +41,6 @@ class Rules:
     """Whether requests must name this machine as their host: keeps away pages of other sites that a browser here
     shows, whose names were made to lead here."""
     log_requests: bool = False
-
-
-def check_host(host: str, api_key: str | None) -> None:
-    """Raise ConfigError for a host at which others reach a server without a key, and for an empty key."""
-    if api_key == "":
-        raise ConfigError("the API key is empty; give a long random one, or none to serve this machine alone")
-    if api_key is None and not is_local(host):
-        raise ConfigError(
-            f"--host {host} lets others in, and there is no API key; set TERNLM_API_KEY or --api-key, or leave --host "
-            "at 127.0.0.1"
-        )
-
-
-def is_local(host: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Guard:

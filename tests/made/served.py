@@ -95,10 +95,10 @@ class Served:
     def __init__(self, protocol: str = "chatml", tokenizer: Tokenizer | None = None, **settings: Any) -> None:
         import uvicorn
 
+        from ternlm.serve.address import bind, url_of
         from ternlm.serve.app import make_app
         from ternlm.serve.backend import ServedModel
         from ternlm.serve.guard import Gate, Rules
-        from ternlm.serve.run import bind, url_of
         from ternlm.serve.torch_engine import TorchBackend
 
         chosen = PROTOCOLS[protocol]

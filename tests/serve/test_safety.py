@@ -13,8 +13,7 @@ import pytest
 from served import ROOT, events_of, serving, tern_serve, wait_until, write_tiny
 
 from ternlm.config.section import ConfigError
-from ternlm.serve.guard import check_host
-from ternlm.serve.run import bind
+from ternlm.serve.address import bind, check_host
 
 COMPLETE = "/v1/completions"
 LONG = {"model": "tiny", "prompt": "The tern", "max_tokens": 400, "ignore_eos": True}
@@ -165,7 +164,7 @@ def busy(url, **more):
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_answers_that_run_when_it_is_told_to_end_are_finished(folder, number):
     with tern_serve(str(folder), "--name", "tiny", "--protocol", "chatml", "--dtype", "float32") as (process, url):
-        thread, results = busy(url, max_tokens=60)
+        thread, results = busy(url, n=24, max_tokens=60)
         process.send_signal(number)
         refused = None
         while thread.is_alive() and refused is None:

@@ -1,134 +1,170 @@
-"""An engine in its thread: what others submit is done as if they had asked the engine alone, and can be let go of."""
+"""An engine in a thread: callers in others get their own text, are refused, let go of and told of failures."""
 
 import threading
 import time
 
 import pytest
+import torch
 from in_memory import greedy
 from tiny import CONFIGS, random_model, random_prompts
 
-from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
 from ternlm.infer.engine import Engine, generate
 from ternlm.infer.worker import Closed, EngineThread, Overloaded
 
-CONFIG = ModelConfig(
-    **(CONFIGS["biases"].model_dump(exclude_none=True, by_alias=True) | {"max_position_embeddings": 256})
-)
+LONG = CONFIGS["biases"].model_copy(update={"max_position_embeddings": 512})
 
 
-class Heard:
-    """Notes what is delivered."""
+class Inbox:
+    """Collects what is delivered, by request."""
 
     def __init__(self):
-        self.events = []
+        self.events = {}
+        self.changed = threading.Condition()
 
     def __call__(self, events):
-        self.events += events
+        with self.changed:
+            for event in events:
+                self.events.setdefault(event.request, []).append(event)
+            self.changed.notify_all()
 
-    def of(self, request):
-        return [event for event in self.events if event.request is request]
-
-    def wait(self, request):
-        end = time.monotonic() + 30
-        while not any(event.finish for event in self.of(request)):
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        return self.of(request)
+    def wait(self, request, seconds=20):
+        """Return a request's tokens and how it ended."""
+        with self.changed:
+            told = self.changed.wait_for(lambda: any(e.finish for e in self.events.get(request, ())), seconds)
+        assert told
+        events = self.events[request]
+        return [event.token for event in events if event.token is not None], events[-1].finish
 
 
 @pytest.fixture
-def worker():
-    heard = Heard()
-    running = EngineThread(Engine(random_model(CONFIG), 4096, max_running=4), heard, max_waiting=60)
-    yield running, heard
-    running.close()
+def inbox():
+    return Inbox()
 
 
-def test_what_many_threads_submit_is_what_each_would_get_alone(worker):
-    thread, heard = worker
-    prompts, requests = random_prompts(range(1, 41)), {}
+@pytest.fixture
+def thread(inbox):
+    made = []
 
-    def submit(number):
-        requests[number] = thread.submit(prompts[number], greedy(9))
+    def start(model=None, tokens=4096, max_running=8, **options):
+        engine = Engine(model or random_model(LONG), tokens, max_running=max_running)
+        made.append(EngineThread(engine, inbox, **options))
+        return made[-1]
 
-    threads = [threading.Thread(target=submit, args=(number,)) for number in range(40)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    expected = generate(thread.engine.model, prompts, greedy(9))
-    for number, request in requests.items():
-        assert [event.token for event in heard.wait(request)] == expected[number]
-    load = thread.load()
-    assert (load.running, load.waiting, load.used_blocks, load.output_tokens) == (0, 0, 0, 40 * 9)
-    assert load.prompt_tokens == sum(map(len, prompts))
+    yield start
+    for each in made:
+        each.close()
+        assert not each.is_alive
 
 
-def test_a_text_that_ends_at_once_has_its_prompt_counted(worker):
-    thread, heard = worker
-    (prompt,) = random_prompts([30])
-    ((first,),) = generate(thread.engine.model, [prompt], greedy(1))
-    (event,) = heard.wait(thread.submit(prompt, greedy(5, [first])))
-    assert (event.token, event.finish) == (None, "stop")
-    heard.wait(thread.submit(prompt, greedy(1)))
-    load = thread.load()
-    assert (load.prompt_tokens, load.cached_tokens, load.output_tokens) == (60, 16, 1)
+def test_callers_in_many_threads_get_their_own_texts(thread, inbox):
+    model, prompts = random_model(LONG), random_prompts(range(1, 41))
+    worker, found = thread(model), {}
+
+    def ask(row):
+        found[row] = inbox.wait(worker.submit(prompts[row], greedy(20)))
+
+    callers = [threading.Thread(target=ask, args=[row]) for row in range(40)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert [found[row][0] for row in range(40)] == generate(model, prompts, greedy(20))
+    load = worker.load()
+    assert (load.waiting, load.running, load.used_blocks, load.output_tokens) == (0, 0, 0, 800)
+    assert load.prompt_tokens == sum(range(1, 41))
 
 
-def test_what_is_let_go_of_makes_room(worker):
-    thread, heard = worker
-    requests = [thread.submit([number], greedy(200)) for number in range(64)]
-    with pytest.raises(Overloaded, match="64 requests are being served or wait, of at most 64"):
-        thread.submit([1], greedy(3))
+def test_one_that_nobody_waits_for_any_more_gives_its_blocks_back(thread, inbox):
+    worker = thread()
+    request = worker.submit([1] * 40, greedy(400))
+    while not inbox.events.get(request):
+        time.sleep(0.001)
+    worker.end(request)
+    other = worker.submit([2], greedy(5))
+    inbox.wait(other)
+    assert request.finish == "cancelled"
+    assert len(request.output) < 400
+    assert worker.load().used_blocks == 0
+
+
+def test_too_many_are_refused_and_room_comes_back(thread, inbox):
+    worker = thread(max_running=2, max_waiting=3)
+    requests = [worker.submit([row], greedy(100)) for row in range(5)]
+    with pytest.raises(Overloaded, match="of at most 5"):
+        worker.submit([9], greedy(5))
     for request in requests:
-        thread.end(request)
-        thread.end(request)
-    while thread.load().waiting:  # until the step that runs has ended
-        time.sleep(0.002)
-    heard.wait(thread.submit([1], greedy(3)))
-    load = thread.load()
-    assert (load.running, load.waiting, load.used_blocks) == (0, 0, 0)
-    assert {request.finish for request in requests} == {"cancelled"}
+        assert inbox.wait(request)[1] == "length"
+    assert inbox.wait(worker.submit([9], greedy(5)))[1] == "length"
 
 
-def test_what_can_never_be_served_is_refused_at_once(worker):
-    thread, _ = worker
-    with pytest.raises(ConfigError, match="exceed max_position_embeddings"):
-        thread.submit([1], greedy(300))
-    assert thread.load().waiting == 0
+def test_what_can_never_be_served_is_refused_where_it_is_asked_for(thread):
+    worker = thread()
+    with pytest.raises(ConfigError, match="token id 97"):
+        worker.submit([97], greedy(5))
+    assert worker.load().waiting == 0
 
 
-def test_what_runs_may_end_before_the_thread_does(worker):
-    thread, heard = worker
-    requests = [thread.submit([number], greedy(50)) for number in range(8)]
-    thread.close(60)
-    assert [heard.of(request)[-1].finish for request in requests] == ["length"] * 8
-    assert not thread.is_alive
+def test_a_step_that_fails_is_told_to_its_requests_and_others_are_served(thread, inbox):
+    model = random_model(LONG)
+    worker = thread(model)
+    kept = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    requests = [worker.submit([row, 5], greedy(5)) for row in range(3)]
+    assert [inbox.wait(request)[1] for request in requests] == ["error"] * 3
+    with torch.no_grad():
+        model.lm_head.weight.copy_(kept)
+    assert inbox.wait(worker.submit([1, 5], greedy(5))) == (generate(model, [[1, 5]], greedy(5))[0], "length")
+
+
+def test_closing_lets_what_runs_end_and_takes_nothing_more(thread, inbox):
+    worker = thread()
+    request = worker.submit([1], greedy(60))
+    closer = threading.Thread(target=worker.close, args=[60])
+    closer.start()
+    while not worker.is_closing:
+        time.sleep(0.001)
     with pytest.raises(Closed):
-        thread.submit([1], greedy(3))
+        worker.submit([2], greedy(5))
+    closer.join()
+    assert inbox.wait(request)[1] == "length"
 
 
-def test_what_takes_too_long_is_told_that_it_is_cancelled(worker):
-    thread, heard = worker
-    requests = [thread.submit([number], greedy(250)) for number in range(30)]
-    closing = threading.Thread(target=thread.close, args=(60,))
-    closing.start()
-    thread.close(0)  # as a second signal does
-    closing.join()
-    ends = [heard.of(request)[-1] for request in requests]
-    assert "cancelled" in {event.finish for event in ends}
-    assert all(event.finish for event in ends)
-    assert all(sum(event.finish is not None for event in heard.of(request)) == 1 for request in requests)
+def test_closing_at_once_cancels_and_tells(thread, inbox):
+    worker = thread(max_running=1)
+    first, second = worker.submit([1], greedy(500)), worker.submit([2], greedy(500))
+    while not inbox.events.get(first):
+        time.sleep(0.001)
+    worker.close()
+    assert inbox.wait(first)[1] == inbox.wait(second)[1] == "cancelled"
 
 
-def test_a_step_that_fails_is_told_to_all_and_others_are_served(worker, monkeypatch, caplog):
-    thread, heard = worker
-    forward = thread.engine._forward
-    monkeypatch.setattr(thread.engine, "_forward", lambda shares: 1 / 0)
-    requests = [thread.submit([number], greedy(5)) for number in range(8)]
-    for request in requests:
-        assert heard.wait(request)[-1].finish == "error"
-    monkeypatch.setattr(thread.engine, "_forward", forward)
-    assert len(heard.wait(thread.submit([1], greedy(5)))) == 5
-    assert "a step failed" in caplog.text
+def test_an_idle_thread_takes_no_processor_time(thread, inbox):
+    worker = thread()
+    inbox.wait(worker.submit([1], greedy(5)))
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+
+
+def test_each_is_told_once_that_it_ended_though_the_thread_is_closed_twice(thread, inbox):
+    worker = thread()
+    requests = [worker.submit([row], greedy(400)) for row in range(30)]
+    closer = threading.Thread(target=worker.close, args=[60])
+    closer.start()
+    worker.close()  # as a second signal does
+    closer.join()
+    ends = [[event.finish for event in inbox.events[request] if event.finish] for request in requests]
+    assert all(len(each) == 1 for each in ends)
+    assert ["cancelled"] in ends
+
+
+def test_a_text_that_ends_at_once_has_its_prompt_counted(thread, inbox):
+    model, (prompt,) = random_model(LONG), random_prompts([30])
+    worker = thread(model)
+    ((first,),) = generate(model, [prompt], greedy(1))
+    assert inbox.wait(worker.submit(prompt, greedy(5, [first]))) == ([], "stop")
+    inbox.wait(worker.submit(prompt, greedy(1)))
+    load = worker.load()
+    assert (load.prompt_tokens, load.cached_tokens, load.output_tokens) == (60, 16, 1)

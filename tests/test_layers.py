@@ -142,7 +142,8 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["ternlm", "ternlm.config", "ternlm.planner", "ternlm.cli", "ternlm.checkpoint.folders"]
+    "module",
+    ["ternlm", "ternlm.config", "ternlm.planner", "ternlm.cli", "ternlm.checkpoint.folders", "ternlm.serve.address"],
 )
 def test_importing_leaves_heavy_modules_unloaded(module: str) -> None:
     heavy = {"torch", "tokenizers", "transformers", *(["numpy"] if module != "ternlm.planner" else [])}

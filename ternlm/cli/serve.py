@@ -44,15 +44,16 @@ def serve(
 ) -> None:
     """Serve a model by OpenAI's HTTP interface. The port opens once the model is loaded."""
     from ternlm.config.section import ConfigError
+    from ternlm.serve.address import bind, check_host, is_local
 
+    check_host(host, api_key)
+    bound = bind(host, port)
     try:
-        from ternlm.serve.guard import Gate, Rules, check_host, is_local
-        from ternlm.serve.run import bind, run
+        from ternlm.serve.guard import Gate, Rules
+        from ternlm.serve.run import run
         from ternlm.serve.torch_engine import TorchBackend
     except ImportError as error:
         raise ConfigError(f"tern serve needs {error.name}; pip install 'ternlm[serve]'") from error
-    check_host(host, api_key)
-    bound = bind(host, port)
     from ternlm.serve.app import make_app
     from ternlm.train.models import loaded
 
@@ -89,8 +90,7 @@ def _make_engine(
 
 def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_jobs: int) -> Any:
     """Return what the front end knows of a model; one that can't chat is served for all else, unless told how to."""
-    from ternlm.config.section import ConfigError
-    from ternlm.infer.chat import find_dialect, told_ends
+    from ternlm.infer.chat import NoDialect, find_dialect, told_ends
     from ternlm.infer.text import stop_ids
     from ternlm.serve.backend import ServedModel
 
@@ -98,7 +98,7 @@ def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_job
     try:
         dialect = find_dialect(opened, protocol)
         tokenizer = dialect.tokenizer
-    except ConfigError as error:
+    except NoDialect as error:
         if protocol is not None:
             raise
         why_not = str(error)

@@ -73,9 +73,16 @@ def start_chat(
     not given.
     Raises ConfigError where the model has no tokenizer or no protocol.
     """
-    dialect = find_dialect(opened, protocol)
+    try:
+        dialect = find_dialect(opened, protocol)
+    except NoDialect as error:
+        raise ConfigError(f"{error}, or let it continue a text with `tern generate`") from error
     params = replace(params, stop_ids=params.stop_ids | dialect.stop_ids)
     return Chat(model, dialect, params, num_tokens or model.config.max_position_embeddings)
+
+
+class NoDialect(ConfigError):
+    """It isn't known how one chats with a model."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,17 @@ class Dialect:
 
 
 def find_dialect(opened: OpenModel, protocol: str | None = None) -> Dialect:
-    """Find how one chats with an opened model; protocol and errors as for `start_chat`."""
+    """Find how one chats with an opened model, protocol as for `start_chat`.
+
+    Raises NoDialect where nothing tells, ConfigError where the model has no tokenizer.
+    """
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise ConfigError(f"{opened.path}: has no tokenizer, without which nobody can chat; put a tokenizer.json there")
     try:
         chosen = protocol_of(opened, tokenizer, protocol or "auto")
     except DataError as error:
-        raise ConfigError(f"{opened.path}: {error}") from error
+        raise NoDialect(f"{opened.path}: {error}") from error
     tokenizer = chosen.fit(tokenizer)
     ends = {tokenizer.id_of(token) for token in chosen.stop}
     return Dialect(tokenizer, chosen.template, frozenset(ends | stop_ids(tokenizer)))

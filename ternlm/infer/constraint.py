@@ -105,4 +105,5 @@ class _Pieces:
 
 
 def _first_lines(message: str) -> str:
-    return " ".join(message.split())[:300]
+    """Return what an error says, without the text that it came upon: that is nobody's but the user's."""
+    return " ".join(message.partition("<state>")[0].split())[:300]

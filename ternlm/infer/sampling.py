@@ -138,7 +138,8 @@ def _penalize(logits_V: Tensor, row: Row) -> None:
 
 def _draw_rows(logits_RV: Tensor, rows: Sequence[Row], limited: bool) -> list[int]:
     """Draw a token of each row at its temperature, within its limits where rows have any."""
-    temperatures_R1 = _column([row.params.temperature for row in rows], logits_RV)
+    smallest = torch.finfo(torch.float32).tiny
+    temperatures_R1 = _column([max(row.params.temperature, smallest) for row in rows], logits_RV)
     # The largest logit at 0 keeps a tiny temperature from dividing to infinity.
     logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperatures_R1
     uniform_R = torch.stack([torch.rand((), generator=row.generator, dtype=torch.float64) for row in rows])
@@ -172,6 +173,7 @@ def _draw_limited(logits_RV: Tensor, rows: Sequence[Row], uniform_R: Tensor, num
     sums_RC = probabilities_RC.cumsum(-1)
     kept_RC = (sums_RC - probabilities_RC < top_p_R1) | (top_p_R1 == 1)
     kept_RC &= probabilities_RC >= min_p_R1 * probabilities_RC[:, :1]
+    kept_RC[:, 0] = True  # also where top_p is too small for float32
     enough_R = (top_k_R1[:, 0] <= num) | ~kept_RC[:, -1] | (num == vocab)
     return tokens_RC.gather(-1, _draw(probabilities_RC * kept_RC, uniform_R)[:, None])[:, 0], enough_R
 

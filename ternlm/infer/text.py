@@ -73,7 +73,11 @@ class TextStream:
         self._hidden = tokenizer.special_ids
         tokens = self._texts(prompt)[-_TAIL:]
         text = tokenizer.decode(tokens)
-        self._anchor = _anchor(tokenizer) if text else []
+        self._anchor: list[int] = []
+        """Tokens of a text to which nothing behind them changes anything, once there is text before."""
+        self._anchor_length = 0
+        if text:
+            self._set_anchor()
         # A prompt may end within a character, which the first tokens complete.
         begun = next((n for n in range(5) if not _is_open(tokenizer.decode(tokens[: len(tokens) - n]))), 0)
         self._tokens = tokens[len(tokens) - begun :] if text else tokens
@@ -115,7 +119,7 @@ class TextStream:
         if text or self._anchor:
             self._tokens = self._tokens[place:]
         if text and not self._anchor:
-            self._anchor = _anchor(self._tokenizer)
+            self._set_anchor()
         if text.startswith(told):
             return text[len(told) :]
         return text[next((i for i, (old, new) in enumerate(zip(told, text, strict=False)) if old != new), len(text)) :]
@@ -125,21 +129,19 @@ class TextStream:
         size = self._tokenizer.vocab_size
         return [token for token in tokens if token not in self._hidden and 0 <= token < size]
 
+    def _set_anchor(self) -> None:
+        self._anchor = self._tokenizer.encode("a")
+        self._anchor_length = len(self._tokenizer.decode(self._anchor))
+
     def _decode(self, tokens: Sequence[int]) -> str:
         if not tokens:
             return ""
-        before = self._tokenizer.decode(self._anchor)
-        return self._tokenizer.decode([*self._anchor, *tokens])[len(before) :]
+        return self._tokenizer.decode([*self._anchor, *tokens])[self._anchor_length :]
 
 
 def _is_open(text: str) -> bool:
     """Whether a text may end within a character."""
     return text.endswith(_NO_CHARACTER)
-
-
-def _anchor(tokenizer: Tokenizer) -> list[int]:
-    """Return tokens of a text to which nothing behind them changes anything."""
-    return tokenizer.encode("a")
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -189,7 +189,8 @@ class EngineThread:
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             self._counts["output"] += event.token is not None
-            if len(event.request.output) == 1 and event.token is not None:
+            is_first = len(event.request.output) == (event.token is not None)
+            if is_first and event.finish not in ("cancelled", "error"):
                 self._counts["prompt"] += len(event.request.prompt)
                 self._counts["cached"] += event.request.num_cached
         self._forget([event.request for event in events if event.finish is not None])

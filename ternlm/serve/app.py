@@ -84,7 +84,7 @@ class Front:
             echo = None
             if body.echo:
                 text = given if isinstance(given, str) else tokenizer.decode(prompt)
-                echo = text, prompt, places_of(tokenizer, prompt)
+                echo = text, prompt, places_of(tokenizer, prompt) if body.logprobs is not None else []
             for _ in range(num):
                 choices.append(
                     CompletionChoice(

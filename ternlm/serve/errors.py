@@ -72,12 +72,12 @@ def shutting_down() -> ApiError:
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Make an application answer every error in OpenAI's shape."""
+    """Make an application answer in OpenAI's shape what is the client's fault; `Guard` answers the rest."""
 
     async def handle(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    for kind in (ApiError, UserError, RecursionError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, UserError, RecursionError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
 
 

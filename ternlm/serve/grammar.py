@@ -5,12 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ternlm.config.section import ConfigError
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.serve.requests import Function, ResponseFormat
 from ternlm.serve.tool_calls import ToolFormat
 
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As templates write JSON. A small model that may write blanks at will never ends."""
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 _MARK = re.compile(r"<[^<>\s]+>")
 
 
@@ -29,7 +31,7 @@ def grammar_of_calls(form: ToolFormat, tokenizer: Tokenizer, functions: Sequence
             "type": "object",
             "properties": {
                 "name": {"const": function.name},
-                form.arguments: function.parameters or {"type": "object"},
+                form.arguments: function.parameters or _NOTHING,
             },
             "required": ["name", form.arguments],
             "additionalProperties": False,
@@ -53,7 +55,9 @@ def _definitions(functions: Sequence[Function]) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for function in functions:
             own = (function.parameters or {}).get(key)
-            merged |= own if isinstance(own, Mapping) else {}
+            for name, schema in own.items() if isinstance(own, Mapping) else ():
+                if merged.setdefault(name, schema) != schema:
+                    raise ConfigError(f"two tools define {name[:64]!r} differently; give one of them another name")
         if merged:
             found[key] = merged
     return found

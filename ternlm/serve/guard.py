@@ -5,7 +5,6 @@ Plain ASGI: bodies are read here, up to their limit, so that nothing behind it s
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import time
 from collections.abc import Collection
@@ -13,12 +12,14 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ternlm.config.section import ConfigError
-from ternlm.serve.errors import ApiError, shutting_down
+from ternlm.serve.address import is_local
+from ternlm.serve.errors import ApiError, as_api_error, shutting_down
 from ternlm.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_NOTHING_YET = 499
+"""The status of what nobody waited for."""
 _PASSED_OVER = 64 * 2**20
 """Bytes of a body too large that are read and dropped, so that the client comes to read why."""
 
@@ -42,27 +43,6 @@ class Rules:
     log_requests: bool = False
 
 
-def check_host(host: str, api_key: str | None) -> None:
-    """Raise ConfigError for a host at which others reach a server without a key, and for an empty key."""
-    if api_key == "":
-        raise ConfigError("the API key is empty; give a long random one, or none to serve this machine alone")
-    if api_key is None and not is_local(host):
-        raise ConfigError(
-            f"--host {host} lets others in, and there is no API key; set TERNLM_API_KEY or --api-key, or leave --host "
-            "at 127.0.0.1"
-        )
-
-
-def is_local(host: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 class Guard:
     """Middleware that lets through what keeps to the rules."""
 
@@ -75,7 +55,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 499  # until something is answered
+        began, status = time.perf_counter(), _NOTHING_YET
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -89,6 +69,10 @@ class Guard:
                 await body.response()(scope, receive, note)
             elif body is not None:
                 await self._app(scope, _replayed(body, receive), note)
+        except Exception as error:
+            if status != _NOTHING_YET:  # the answer has begun: all that is left is to break it off
+                raise
+            await as_api_error(error).response()(scope, receive, note)
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.answered(path, status)

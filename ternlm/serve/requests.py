@@ -12,6 +12,10 @@ from ternlm.infer.params import MAX_LOGPROBS
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+# A list of a million wrong entries is told of by its first one: a list of its faults would take gigabytes.
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=16)]
+_MOST_FIELDS = 1024
 
 
 class Body(Section):
@@ -19,7 +23,12 @@ class Body(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_half_characters(cls, given: Any) -> Any:
+    def _refuse_what_breaks(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given  # refused by its type
+        for name, value in [("the body", given), *given.items()]:
+            if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+                raise ValueError(f"{name[:40]} has {len(value):,} fields; {_MOST_FIELDS:,} are the most")
         try:
             json.dumps(given, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -51,8 +60,8 @@ class Continuation(Body):
         None, "token ids, and what is added to their logits", max_length=1024
     )
     seed: int | None = setting(None, "the same seed gives the same text", ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = setting(None, "strings that end the text")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = setting(None, "tokens that end the text")
+    stop: Stop | Stops | None = setting(None, "strings that end the text")
+    stop_token_ids: Annotated[Tokens, Field(max_length=128)] | None = setting(None, "tokens that end the text")
     min_tokens: int | None = setting(None, "so many tokens come before an end may", ge=0)
     ignore_eos: bool | None = setting(None, "the model's own end tokens don't end the text")
     stream: bool | None = setting(None, "send the text as it comes, as server-sent events")
@@ -83,8 +92,8 @@ class Continuation(Body):
 class CompletionRequest(Continuation):
     """A text to be continued, or several."""
 
-    prompt: str | list[TokenId] | Annotated[list[str | list[TokenId]], Field(min_length=1, max_length=2048)] = setting(
-        ..., "a text, its token ids, or a list of either"
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(fail_fast=True, min_length=1, max_length=2048)] = (
+        setting(..., "a text, its token ids, or a list of either")
     )
     echo: bool | None = setting(None, "the prompt is part of the answer")
     logprobs: int | None = setting(None, "tell so many of the likeliest tokens", ge=0, le=MAX_LOGPROBS)
@@ -164,9 +173,9 @@ class ChatMessage(Section):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = setting(None, "taken, not used")
-    tool_calls: list[Call] | None = setting(None, "of an assistant")
+    tool_calls: Annotated[list[Call], Field(fail_fast=True)] | None = setting(None, "of an assistant")
     tool_call_id: str | None = setting(None, "of a tool's result")
     refusal: str | None = setting(None, "taken, not used")
     audio: None = None
@@ -190,6 +199,10 @@ class ChatMessage(Section):
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"a message of the role {self.role} needs a content")
         return self
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
+Tools = Annotated[list[ToolEntry], Field(fail_fast=True, max_length=128)]
 
 
 class JsonSchema(Section):
@@ -217,11 +230,11 @@ class ResponseFormat(Section):
 class ChatRequest(Continuation):
     """A conversation to be answered."""
 
-    messages: list[ChatMessage] = setting(..., "the conversation", min_length=1, max_length=4096)
+    messages: Messages = setting(..., "the conversation")
     max_completion_tokens: int | None = setting(None, "another name of max_tokens", ge=0)
     logprobs: bool | None = setting(None, "tell how likely each token was")
     top_logprobs: int | None = setting(None, "tell so many of the likeliest tokens", ge=0, le=MAX_LOGPROBS)
-    tools: list[ToolEntry] | None = setting(None, "functions that the model may call", max_length=128)
+    tools: Tools | None = setting(None, "functions that the model may call")
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = setting(None, "whether it calls any")
     parallel_tool_calls: bool | None = setting(None, "false: one call, where one is asked for")
     response_format: ResponseFormat | None = setting(None, "JSON, or what keeps to a schema")
@@ -244,8 +257,8 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = setting(None, "a text")
     add_special_tokens: bool | None = setting(None, "with the token that begins a document, by default")
-    messages: list[ChatMessage] | None = setting(None, "a conversation", min_length=1, max_length=4096)
-    tools: list[ToolEntry] | None = setting(None, "with messages alone", max_length=128)
+    messages: Messages | None = setting(None, "a conversation")
+    tools: Tools | None = setting(None, "with messages alone")
     add_generation_prompt: bool | None = setting(None, "up to where the model's answer begins, by default")
 
     @model_validator(mode="after")
@@ -259,4 +272,4 @@ class DetokenizeRequest(Body):
     """Token ids to be decoded."""
 
     model: str | None = None
-    tokens: list[TokenId] = setting(..., "token ids", max_length=2**20)
+    tokens: Tokens = setting(..., "token ids", max_length=2**20)

@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from ternlm.config.section import ConfigError
+from ternlm.serve.address import url_of
 from ternlm.serve.backend import Backend
 from ternlm.serve.guard import Gate
 
@@ -17,24 +17,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_ANSWERS_SECONDS = 5
 """Time for answers that have ended to reach their clients."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take a port, not open yet. Raises ConfigError where it can't be had. port 0: any that is free."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port} can't be used ({error.strerror}); choose others") from error
-    return bound
-
-
-def url_of(bound: socket.socket) -> str:
-    """Return where a bound port is found."""
-    host, port = bound.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def run(

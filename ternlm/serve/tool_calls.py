@@ -6,7 +6,6 @@ arguments are told as they come, once its name is known; what turns out to be no
 
 import json
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -268,8 +267,3 @@ def _closed_string(text: str, place: int) -> bool:
             return True
         escaped = character == "\\" and not escaped
     return False
-
-
-def known_marks(form: ToolFormat | None, tokenizer: Tokenizer) -> Sequence[int]:
-    """List the special tokens of a format, if there is one."""
-    return form.marks(tokenizer) if form else ()

@@ -72,6 +72,21 @@ def test_after_the_end_nothing_but_an_end_may_come():
     assert constraint.allowed().nonzero()[:, 0].tolist() == [0, 2]
 
 
+def test_a_text_whose_grammar_takes_too_much_ends_and_the_log_does_not_tell_it(caplog):
+    pytest.importorskip("llguidance")
+    tokenizer = tokenizer_for("chatml")
+    schema = {"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"}
+    constraint = Grammars(tokenizer, tokenizer.vocab_size, CPU).compile("start: %json " + json.dumps(schema), {2})
+    for _ in range(200):
+        ids = constraint.allowed().nonzero()[:, 0].tolist()
+        if ids == [2]:
+            break
+        constraint.accept(max(ids))
+    assert ids == [2]
+    assert "a grammar was given up" in caplog.text
+    assert "aaa" not in caplog.text
+
+
 @pytest.mark.parametrize("grammar", ["begin: 3", "start: <nope>", 'start: %json {"$ref": "http://a.b/c"}', "\ud800"])
 def test_a_wrong_grammar_is_refused(grammar):
     pytest.importorskip("llguidance")

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 
@@ -78,6 +80,35 @@ def test_temperature_0_is_greedy_and_draws_nothing():
 @pytest.mark.parametrize("params", [SamplingParams(temperature=1e-30), SamplingParams(temperature=1e-30, top_p=0.5)])
 def test_a_tiny_temperature_is_greedy(params):
     assert draw(LOGITS * 1e4, params, times=10)[4] == 10
+
+
+@pytest.mark.parametrize("setting", ["temperature", "top_p", "min_p"])
+@pytest.mark.parametrize("value", [5e-324, 1e-46, 1e-40])
+def test_settings_too_small_for_float32_are_as_the_smallest_that_are_not(setting, value):
+    counts = draw(LOGITS, SamplingParams(**{setting: value}), times=200)
+    if setting == "min_p":
+        assert (counts > 0).sum() > 3
+    else:
+        assert counts[4] == 200
+
+
+def test_no_settings_within_their_rules_draw_what_is_no_token():
+    rng, logits = random.Random(0), torch.randn(1, 600, generator=torch.Generator().manual_seed(0)) * 20
+    small, choices = (5e-324, 1e-46, 1e-30, 0.5), {}
+    choices["temperature"] = (*small, 0.0, 1.0, 2.0, 1e30)
+    choices["top_p"] = (*small, 1 - 1e-9, 1.0)
+    choices["min_p"] = (*small, 0.0, 1.0)
+    choices["top_k"] = (0, 1, 300, 2**31 - 1)
+    choices["repetition_penalty"] = (0.01, 1.0, 100.0)
+    choices["presence_penalty"] = choices["frequency_penalty"] = (-2.0, 0.0, 2.0)
+    choices["logit_bias"] = ((), tuple((i, -100.0) for i in range(600)), tuple((i, 100.0) for i in range(599)))
+    for case in range(500):
+        params = SamplingParams(**{name: rng.choice(values) for name, values in choices.items()})
+        allowed = None if case % 2 else torch.arange(600) == 17
+        row = Row(params, make_generator(case, [1]), [1, 2], [3, 3, 3], allowed)
+        (token,) = sample(logits, [row])
+        assert 0 <= token < 600
+        assert allowed is None or token == 17
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():

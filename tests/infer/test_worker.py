@@ -146,3 +146,25 @@ def test_an_idle_thread_takes_no_processor_time(thread, inbox):
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.1
+
+
+def test_each_is_told_once_that_it_ended_though_the_thread_is_closed_twice(thread, inbox):
+    worker = thread()
+    requests = [worker.submit([row], greedy(400)) for row in range(30)]
+    closer = threading.Thread(target=worker.close, args=[60])
+    closer.start()
+    worker.close()  # as a second signal does
+    closer.join()
+    ends = [[event.finish for event in inbox.events[request] if event.finish] for request in requests]
+    assert all(len(each) == 1 for each in ends)
+    assert ["cancelled"] in ends
+
+
+def test_a_text_that_ends_at_once_has_its_prompt_counted(thread, inbox):
+    model, (prompt,) = random_model(LONG), random_prompts([30])
+    worker = thread(model)
+    ((first,),) = generate(model, [prompt], greedy(1))
+    assert inbox.wait(worker.submit(prompt, greedy(5, [first]))) == ([], "stop")
+    inbox.wait(worker.submit(prompt, greedy(1)))
+    load = worker.load()
+    assert (load.prompt_tokens, load.cached_tokens, load.output_tokens) == (60, 16, 1)

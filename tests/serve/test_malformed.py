@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from pydantic import ValidationError
+
+from ternlm.serve.requests import ChatRequest, CompletionRequest, DetokenizeRequest
 
 ASK = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
@@ -127,6 +130,22 @@ BODIES = {
 }
 
 
+MANY = 100_000
+CROWDS = {
+    "prompts": (CompletionRequest, {"prompt": [1.5] * MANY}),
+    "messages": (ChatRequest, {"messages": [{}] * 4000}),
+    "parts": (ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+    "calls": (ChatRequest, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}] * MANY}]}),
+    "stop strings": (ChatRequest, {"messages": ASK, "stop": [1] * MANY}),
+    "stop tokens": (ChatRequest, {"messages": ASK, "stop_token_ids": ["1"] * MANY}),
+    "tools": (ChatRequest, {"messages": ASK, "tools": [{}] * 128}),
+    "biases": (ChatRequest, {"messages": ASK, "logit_bias": {f"x{i}": "a" for i in range(MANY)}}),
+    "metadata": (ChatRequest, {"messages": ASK, "metadata": {f"x{i}": 1 for i in range(MANY)}}),
+    "fields": (ChatRequest, {"messages": ASK, **{f"x{i}": 1 for i in range(MANY)}}),
+    "tokens": (DetokenizeRequest, {"tokens": ["1"] * MANY}),
+}
+
+
 def check(answer):
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])
     error = answer.json()["error"]
@@ -155,6 +174,13 @@ def test_a_faulty_completion_is_refused(http, fault):
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_a_body_that_is_none_is_refused(http, path, body):
     check(post(http, path, body))
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x", ""])
+@pytest.mark.parametrize("path", [CHAT, COMPLETE, "/tokenize", "/detokenize"])
+def test_a_body_that_is_not_sent_as_json_is_refused(http, path, kind):
+    body = json.dumps({"model": "tiny", "prompt": "a", "messages": ASK, "tokens": [1]}).encode()
+    check(http.post(path, content=body, headers={"Content-Type": kind}))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +226,14 @@ def test_the_field_that_is_wrong_is_named(http):
     assert "temperature" in error["message"]
     error = check(post(http, CHAT, {"model": "tiny", "messages": ASK, "colour": 9}))
     assert error["message"] == "colour: is not known here; leave it out"
+
+
+@pytest.mark.parametrize(("kind", "body"), CROWDS.values(), ids=CROWDS)
+def test_of_many_faults_the_first_are_told(kind, body):
+    """A list of all would take gigabytes, and the server's time."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "tiny", **body})
+    assert caught.value.error_count() < 10
 
 
 def test_after_all_of_it_the_server_is_as_before(http, server):

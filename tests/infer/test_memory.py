@@ -1,0 +1,40 @@
+"""How much memory an engine takes for keys and values."""
+
+import pytest
+import torch
+
+from ternlm.config.model import ModelConfig
+from ternlm.config.section import ConfigError
+from ternlm.infer.engine import Engine
+from ternlm.infer.memory import bytes_per_token, choose_num_tokens
+from ternlm.model.decoder import build_model
+from ternlm.monitor.memory import free_memory
+
+CONFIG = ModelConfig(preset="tiny-gqa", max_position_embeddings=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_takes_what_the_engine_holds_for_it(dtype):
+    engine = Engine(build_model(CONFIG).to(dtype), 160)
+    held = sum(each.nbytes for each in (engine._cache._keys, engine._cache._values))
+    assert held == 160 * bytes_per_token(CONFIG, dtype)
+
+
+def test_room_is_kept_for_what_may_run_where_there_is_memory():
+    assert choose_num_tokens(CONFIG, torch.float32, 4, 10**9, "cpu") == 4 * 112
+    each = bytes_per_token(CONFIG, torch.float32)
+    assert choose_num_tokens(CONFIG, torch.float32, 64, each * 1000, "cpu") == 496
+    assert choose_num_tokens(CONFIG, torch.float32, 64, each * 1000, "cuda") == 800
+    with pytest.raises(ConfigError, match="too little for the keys and values of 16 tokens"):
+        choose_num_tokens(CONFIG, torch.float32, 64, each * 20, "cpu")
+
+
+def test_free_memory_is_some_of_all():
+    free = free_memory(torch.device("cpu"))
+    assert 2**20 < free < 2**60
+
+
+def test_the_longest_text_is_the_models_or_the_memorys():
+    model = build_model(CONFIG)
+    assert Engine(model, 1600).longest == 100
+    assert Engine(model, 64).longest == 64

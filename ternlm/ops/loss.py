@@ -79,8 +79,8 @@ def chunked_cross_entropy(
 def _kept(weights_N: Tensor) -> Tensor:
     """Return which tokens have a weight, and some that have none, so that few different numbers of them occur.
 
-    A CPU's bfloat16 products keep code and buffers for some shapes that they have met (`ternlm/__init__.py` says for how
-    many): a shape for each number of trained tokens would leave no room for the others.
+    A CPU's bfloat16 products keep code and buffers for some shapes that they have met, as many as `ternlm/__init__.py`
+    says: a shape for each number of trained tokens would leave no room for the others.
     """
     kept = weights_N.nonzero().squeeze(1)
     spare = -len(kept) % _ROWS

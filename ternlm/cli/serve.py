@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,37 +11,59 @@ import typer
 
 from ternlm.cli.options import Base, Device, Dtype, Model
 
+Host = Annotated[str, typer.Option(help="Address to listen at; others than this machine's need a key.")]
+Port = Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)]
+Key = Annotated[
+    str | None, typer.Option(help="Key that requests must bring.", envvar="TERNLM_API_KEY", show_default="none")
+]
+Name = Annotated[str | None, typer.Option(help="What clients call the model.", show_default="its folder's or file's")]
+Protocol = Annotated[
+    Literal["internlm", "internlm2", "chatml", "llama3"] | None,
+    typer.Option(help="How it was trained to chat.", show_default="the model's own"),
+]
+Tokens = Annotated[
+    int | None, typer.Option(help="Tokens whose keys and values are kept.", min=16, show_default="from the free memory")
+]
+Running = Annotated[int, typer.Option(help="Texts that are continued at the same time.", min=1)]
+Step = Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)]
+Waiting = Annotated[int, typer.Option(help="Texts that wait beyond those; more are refused.", min=0)]
+Body = Annotated[float, typer.Option(help="Largest body of a request, in MiB.", min=0.001)]
+Grace = Annotated[float, typer.Option(help="Seconds that answers have to end, once it is stopped.", min=0)]
+Log = Annotated[bool, typer.Option(help="Log a line for each request; never what it says.")]
+EngineName = Annotated[
+    Literal["torch", "llamacpp", "vllm", "lmdeploy", "sglang"],
+    typer.Option(help="torch: TernLM's own; another one is started, waited for and stood before."),
+]
+Python = Annotated[
+    str | None, typer.Option(help="Python of another engine's environment.", show_default="the one that runs this")
+]
+Arguments = Annotated[
+    list[str] | None, typer.Option(help="Arguments for another engine's own command line, as one text.")
+]
+Start = Annotated[float, typer.Option(help="Seconds that another engine may take to start.", min=1)]
+
 
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen at; others than this machine's need a key.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(help="Key that requests must bring.", envvar="TERNLM_API_KEY", show_default="none"),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What clients call the model.", show_default="its folder's or file's")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: Key = None,
+    name: Name = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     base: Base = None,
-    protocol: Annotated[
-        Literal["internlm", "internlm2", "chatml", "llama3"] | None,
-        typer.Option(help="How it was trained to chat.", show_default="the model's own"),
-    ] = None,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens whose keys and values are kept.", min=16, show_default="from the free memory"),
-    ] = None,
-    max_running: Annotated[int, typer.Option(help="Texts that are continued at the same time.", min=1)] = 64,
-    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)] = 512,
-    max_waiting: Annotated[int, typer.Option(help="Texts that wait beyond those; more are refused.", min=0)] = 256,
-    max_body_mib: Annotated[float, typer.Option(help="Largest body of a request, in MiB.", min=0.001)] = 4.0,
-    grace: Annotated[float, typer.Option(help="Seconds that answers have to end, once it is stopped.", min=0)] = 30.0,
-    log_requests: Annotated[bool, typer.Option(help="Log a line for each request; never what it says.")] = False,
+    protocol: Protocol = None,
+    kv_tokens: Tokens = None,
+    max_running: Running = 64,
+    max_step_tokens: Step = 512,
+    max_waiting: Waiting = 256,
+    max_body_mib: Body = 4.0,
+    grace: Grace = 30.0,
+    log_requests: Log = False,
+    engine: EngineName = "torch",
+    engine_python: Python = None,
+    engine_args: Arguments = None,
+    start_seconds: Start = 900.0,
 ) -> None:
     """Serve a model by OpenAI's HTTP interface. The port opens once the model is loaded."""
     from ternlm.config.section import ConfigError
@@ -49,27 +72,67 @@ def serve(
     check_host(host, api_key)
     bound = bind(host, port)
     try:
-        from ternlm.serve.guard import Gate, Rules
-        from ternlm.serve.run import run
-        from ternlm.serve.torch_engine import TorchBackend
+        from ternlm.serve.guard import Rules
     except ImportError as error:
         raise ConfigError(f"tern serve needs {error.name}; pip install 'ternlm[serve]'") from error
+    rules = Rules(api_key, int(max_body_mib * 2**20), api_key is None and is_local(host), log_requests)
+    named, most = name or Path(model).stem, max_running + max_waiting
+    if engine == "torch":
+        with _own_engine(model, device, dtype, base, kv_tokens, max_running, max_step_tokens) as (opened, own, context):
+            _serve_own(opened, own, context, named, protocol, max_waiting, rules, bound, grace)
+        return
+    from ternlm.cli.external import External, serve_external
+
+    external = External(
+        engine, model, base, named, device, dtype, protocol, engine_python, engine_args, kv_tokens, max_running
+    )
+    external.refuse({"--max-step-tokens": (max_step_tokens, 512)})
+    serve_external(external, bound, rules, most, grace, start_seconds)
+
+
+def _serve_own(
+    opened: Any,
+    engine: Any,
+    context: Callable[[], Any],
+    name: str,
+    protocol: str | None,
+    max_waiting: int,
+    rules: Any,
+    bound: Any,
+    grace: float,
+) -> None:
+    """Serve by TernLM's engine."""
     from ternlm.serve.app import make_app
+    from ternlm.serve.guard import Gate
+    from ternlm.serve.run import run
+    from ternlm.serve.torch_engine import TorchBackend
+
+    served = _describe(name, opened, engine, protocol, engine.scheduler.max_running + max_waiting)
+    backend, gate = TorchBackend(engine, served.tokenizer, max_waiting=max_waiting, context=context), Gate()
+
+    def announce(url: str) -> None:
+        chat = "" if served.dialect else f"; no chat: {served.why_not}"
+        typer.echo(f"{url}/v1 serves {served.name}, texts of up to {served.max_tokens:,} tokens{chat}")
+        sys.stdout.flush()  # who started this in a pipe waits for it
+
+    run(make_app(served, backend, rules, gate), backend, gate, bound, grace, announce)
+
+
+@contextmanager
+def _own_engine(
+    model: str,
+    device: str,
+    dtype: str,
+    base: str | None,
+    kv_tokens: int | None,
+    max_running: int,
+    max_step_tokens: int,
+) -> Iterator[tuple[Any, Any, Callable[[], Any]]]:
+    """Give a loaded model, its engine, and the context that the engine's steps run in."""
     from ternlm.train.models import loaded
 
     with loaded(model, device, dtype, base) as (opened, network):
-        engine, context = _make_engine(network, kv_tokens, max_running, max_step_tokens)
-        served = _describe(name or Path(model).stem, opened, engine, protocol, max_running + max_waiting)
-        backend = TorchBackend(engine, served.tokenizer, max_waiting=max_waiting, context=context)
-        rules = Rules(api_key, int(max_body_mib * 2**20), api_key is None and is_local(host), log_requests)
-        gate = Gate()
-
-        def announce(url: str) -> None:
-            chat = "" if served.dialect else f"; no chat: {served.why_not}"
-            typer.echo(f"{url}/v1 serves {served.name}, texts of up to {served.max_tokens:,} tokens{chat}")
-            sys.stdout.flush()  # who started this in a pipe waits for it
-
-        run(make_app(served, backend, rules, gate), backend, gate, bound, grace, announce)
+        yield opened, *_make_engine(network, kv_tokens, max_running, max_step_tokens)
 
 
 def _make_engine(

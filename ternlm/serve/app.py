@@ -48,7 +48,7 @@ def make_app(served: ServedModel, backend: Backend, rules: Rules | None = None, 
     app.get("/health")(front.health)
     app.get("/metrics")(front.tell_metrics)
     routes = [route.path for route in app.routes if hasattr(route, "path")]
-    app.add_middleware(Guard, rules=rules, gate=gate, metrics=metrics, routes=routes)
+    app.add_middleware(Guard, rules=rules, gate=gate, answered=metrics.answered, routes=routes)
     return app
 
 

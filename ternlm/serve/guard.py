@@ -7,14 +7,13 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ternlm.serve.address import is_local
 from ternlm.serve.errors import ApiError, as_api_error, shutting_down
-from ternlm.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +45,16 @@ class Rules:
 class Guard:
     """Middleware that lets through what keeps to the rules."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, gate: Gate, metrics: Metrics, routes: Collection[str]) -> None:
-        self._app, self._rules, self._gate, self._metrics = app, rules, gate, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        rules: Rules,
+        gate: Gate,
+        answered: Callable[[str, int], None],
+        routes: Collection[str],
+    ) -> None:
+        """answered: told of each answer's route, one of `routes` or "other", and status."""
+        self._app, self._rules, self._gate, self._answered = app, rules, gate, answered
         self._routes = frozenset(routes)
         self._key = None if rules.api_key is None else _digest(rules.api_key.encode())
 
@@ -75,7 +82,7 @@ class Guard:
             await as_api_error(error).response()(scope, receive, note)
         finally:
             path = scope["path"] if scope["path"] in self._routes else "other"
-            self._metrics.answered(path, status)
+            self._answered(path, status)
             if self._rules.log_requests:
                 seconds = time.perf_counter() - began
                 logger.info("%s %s %d in %.3f s", scope["method"], path, status, seconds)

@@ -5,12 +5,11 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
 from ternlm.serve.address import url_of
-from ternlm.serve.backend import Backend
 from ternlm.serve.guard import Gate
 
 logger = logging.getLogger(__name__)
@@ -19,8 +18,15 @@ _LAST_ANSWERS_SECONDS = 5
 """Time for answers that have ended to reach their clients."""
 
 
+class Ends(Protocol):
+    """What a server ends with."""
+
+    async def close(self, seconds: float) -> None:
+        """As `Backend`; may be called again, with less time, while it works."""
+
+
 def run(
-    app: Any, backend: Backend, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
+    app: Any, backend: Ends, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
 ) -> None:
     """Serve until SIGINT or SIGTERM comes, then let what runs go on for `grace` seconds at most.
 
@@ -30,7 +36,7 @@ def run(
 
 
 async def _run(
-    app: Any, backend: Backend, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
+    app: Any, backend: Ends, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
 ) -> None:
     settings = uvicorn.Config(
         app,

@@ -108,7 +108,7 @@ def test_aims_hold_for_each_variant_of_a_peer(bench: SimpleNamespace) -> None:
     assert "- **not met**: at least 1.6 times TRL SFTTrainer, samples one by one: 1 (1 to 1)" in text
     assert "- not measured: at least 1.6 times TRL SFTTrainer, samples one by one, torch_compile" in text
     assert "All configurations made the same token ids" in text
-    assert "a third recomputed | 1.500 | 1.250 |" in text
+    assert "a tenth recomputed | 1.500 | 1.250 |" in text
 
 
 def test_other_samples_are_said(bench: SimpleNamespace) -> None:

@@ -1,0 +1,157 @@
+"""Requests handed on to another engine's server, and its answers handed back as they come.
+
+What stands before every route here, the key, sizes, the number of requests, stands before these too.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request, Response
+from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
+
+from ternlm.serve.errors import ApiError, as_api_error, handle_errors, json_response
+from ternlm.serve.external import Process
+from ternlm.serve.guard import Gate, Guard, Rules
+
+logger = logging.getLogger(__name__)
+
+ROUTES = {
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/models": "GET",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/metrics": "GET",
+}
+_OWN = {"host", "content-length", "connection", "authorization", "transfer-encoding", "accept-encoding"}
+"""Headers of a request that are between two neighbours; the key is this server's."""
+_ANSWERED = {"content-type", "retry-after"}
+
+
+class Proxy:
+    """As `Backend.close` and `load` go: an engine in another process."""
+
+    def __init__(self, process: Process, max_open: int) -> None:
+        """max_open: requests at the same time; more are refused."""
+        self._process, self._max_open = process, max_open
+        self._client = httpx.AsyncClient(
+            base_url=process.url, timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=None)
+        )
+        self._open = 0
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self._streams: set[httpx.Response] = set()
+
+    async def hand_on(self, request: Request) -> Response:
+        """Hand a request on; the client's going away ends it there too."""
+        if self._open >= self._max_open:
+            message = f"{self._open} requests are being served or wait, of at most {self._max_open}; try later"
+            raise ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
+        body = await request.body()
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in _OWN}
+        self._open += 1
+        self._none_open.clear()
+        sending = asyncio.ensure_future(
+            self._client.send(
+                self._client.build_request(request.method, request.url.path, content=body, headers=headers), stream=True
+            )
+        )
+        try:
+            answer = await self._unless_left(request, sending)
+        except BaseException as error:
+            sending.cancel()
+            self._ended()
+            if isinstance(error, httpx.HTTPError):
+                logger.warning("the engine can't be reached: %s", error)
+                raise ApiError(
+                    502, "the engine doesn't answer; its server's log says why", code="engine_dead"
+                ) from error
+            raise
+        self._streams.add(answer)
+        kept = {name: value for name, value in answer.headers.items() if name.lower() in _ANSWERED}
+        return StreamingResponse(
+            self._pieces(answer), answer.status_code, headers=kept, background=BackgroundTask(self._close, answer)
+        )
+
+    async def _unless_left(self, request: Request, sending: "asyncio.Future[httpx.Response]") -> httpx.Response:
+        """Wait for the first of an answer; raises ApiError once the client has gone."""
+        leaving = asyncio.ensure_future(_left(request))
+        try:
+            waiting: set[asyncio.Future[Any]] = {sending, leaving}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+        if not sending.done():
+            raise ApiError(499, "the client has gone", code="client_gone")
+        return sending.result()
+
+    async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        try:
+            async for piece in answer.aiter_raw():
+                yield piece
+        except httpx.HTTPError as error:  # ended, or its process has: what was told stays told
+            logger.warning("an answer broke off: %s", error)
+        finally:
+            await self._close(answer)
+
+    async def _close(self, answer: httpx.Response) -> None:
+        if answer in self._streams:
+            self._streams.discard(answer)
+            await answer.aclose()
+            self._ended()
+
+    def _ended(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._none_open.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """As `Backend`."""
+        return self._process.is_alive
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are being served."""
+        return self._open
+
+    async def close(self, seconds: float) -> None:
+        """Let what runs go on for so long at most, then end the engine."""
+        try:
+            await asyncio.wait_for(self._none_open.wait(), seconds)
+        except TimeoutError:
+            logger.info("ending %d answers that take longer", self._open)
+        await asyncio.to_thread(self._process.end)
+        await self._client.aclose()
+
+
+async def _left(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.05)
+
+
+def make_proxy_app(proxy: Proxy, rules: Rules, gate: Gate) -> FastAPI:
+    """Return the application that hands requests on. gate: closed, it refuses what is new."""
+    app = FastAPI(title="TernLM", docs_url=None, redoc_url=None, openapi_url=None)
+    handle_errors(app)
+
+    async def hand_on(request: Request) -> Response:
+        try:
+            return await proxy.hand_on(request)
+        except Exception as error:
+            return as_api_error(error).response()
+
+    async def health() -> Response:
+        if not proxy.is_alive:
+            raise ApiError(503, "the engine has ended; start the server anew", code="engine_dead")
+        return json_response({"status": "ok", "running": proxy.num_open})
+
+    for path, method in ROUTES.items():
+        app.add_api_route(path, hand_on, methods=[method])
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_middleware(Guard, rules=rules, gate=gate, answered=lambda path, status: None, routes=[*ROUTES, "/health"])
+    return app

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from ternlm.cli.calibrate import calibrate
+from ternlm.cli.client import client
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign, merge_adapter
 from ternlm.cli.data import data
 from ternlm.cli.options import (
@@ -302,3 +303,4 @@ app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
 app.command("calibrate")(calibrate)
 app.command("serve")(serve)
+app.command("client")(client)

@@ -32,6 +32,7 @@ from ternlm.cli.options import (
 )
 from ternlm.cli.plan import plan
 from ternlm.cli.serve import serve
+from ternlm.cli.web import web
 
 app = typer.Typer(
     name="tern",
@@ -304,3 +305,4 @@ app.command("import-config")(import_ancestors_config)
 app.command("calibrate")(calibrate)
 app.command("serve")(serve)
 app.command("client")(client)
+app.command("web")(web)

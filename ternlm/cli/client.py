@@ -1,6 +1,7 @@
 """The verb `tern client`: the terminal's conversation with a model that a server has."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def client(
         from ternlm.web.api import Server, ServerError
     except ImportError as error:
         raise ConfigError(f"tern client needs {error.name}; pip install 'ternlm[web]'") from error
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request, else
     try:
         server = Server(url, api_key, timeout=timeout)
         names = server.models()

@@ -1,6 +1,7 @@
 """The verb `tern web`: the chat page, and beside it a server of its own where it is given a model."""
 
 import contextlib
+import logging
 import os
 import re
 import select
@@ -59,6 +60,7 @@ def web(
         port = free_port(port)
     except OSError as error:
         raise ConfigError(f"--port {port} can't be used ({error.strerror}); choose another, or 0 for any") from error
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request, else
     words = ["--device", device, "--dtype", dtype]
     for name, value in (("--base", base), ("--protocol", protocol)):
         words += [name, value] if value is not None else []

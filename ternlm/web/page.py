@@ -16,7 +16,7 @@ from ternlm.web.words import Words, load_words
 
 _LOOK_EVERY_SECONDS = 0.2
 _STYLE = """<style>
-.st-key-talks button { justify-content: flex-start; text-align: left; }
+.st-key-talks button, .st-key-talks button div { justify-content: flex-start; text-align: left; }
 .st-key-talks button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 </style>"""
 
@@ -52,9 +52,9 @@ def _draw(session: Session, words: Words, models: list[str], wrong: str) -> None
             sidebar.manage_talk(session, words)
         view.show()
     elif models:
-        st.title(words("hello"))
+        st.header(words("hello"))
         model = st.session_state.get("model") or models[0]
-        st.caption(words("hello_more", model=plain(model), url=plain(session.server.url)))
+        st.caption(words("hello_more", model=plain(model), url=session.server.url))
     if is_busy:
         _follow(session, view, words)
     else:
@@ -86,7 +86,7 @@ def _models(session: Session, words: Words) -> list[str]:
         try:
             state["models"] = session.server.models()
         except ServerError as error:
-            told = {"url": plain(session.server.url), "words": plain(error.words)}
+            told = {"url": session.server.url, "words": plain(error.words)}
             st.error(words(f"error_{error.fault}", **told), icon=":material/error:")
             st.button(words("again"), key="again")
             return []

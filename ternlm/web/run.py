@@ -21,15 +21,17 @@ def command(port: int) -> list[str]:
         "server.headless": "true",
         "server.showEmailPrompt": "false",
         "server.fileWatcherType": "none",
-        "server.allowedHosts": f'["{HOST}","localhost"]',  # keeps away pages of other sites whose names lead here
         "server.maxUploadSize": "32",
         "browser.gatherUsageStats": "false",
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
         "client.showErrorLinks": "false",
         "logger.level": "warning",
+        "theme.primaryColor": "#2b6cb0",
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    for host in (HOST, "localhost"):  # keeps away pages of other sites, whose names were made to lead here
+        words += ["--server.allowedHosts", host]
     return [sys.executable, "-m", "streamlit", "run", str(files("ternlm.web").joinpath("page.py")), *words]
 
 

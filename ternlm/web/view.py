@@ -32,7 +32,7 @@ class View:
         """Draw what stands behind the last answer: an error, results that are missing, what can be done."""
         talk, words = self._talk, self._words
         if talk.error:
-            told = {"url": plain(self._session.server.url), "words": plain(str(talk.error["words"]))}
+            told = {"url": self._session.server.url, "words": plain(str(talk.error["words"]))}
             st.error(words(f"error_{talk.error['fault']}", **told), icon=":material/error:")
         if talk.open_calls() and not talk.error:
             self._results()
@@ -80,10 +80,11 @@ class View:
             state[editing] = value
 
         if not state.get(editing):
-            st.markdown(for_streamlit(entry.text, keep_breaks=True))
-            label, key, icon = self._words("edit"), f"edit-{self._talk.id}-{place}", ":material/edit:"
-            disabled = not self._is_idle
-            st.button(label, key, icon=icon, type="tertiary", disabled=disabled, on_click=set_to, args=(True,))
+            label, key, disabled = self._words("edit"), f"edit-{self._talk.id}-{place}", not self._is_idle
+            with st.container(horizontal=True, wrap=False):
+                st.markdown(for_streamlit(entry.text, keep_breaks=True), width="stretch")
+                icon = ":material/edit:"
+                st.button(label, key, icon=icon, type="tertiary", disabled=disabled, on_click=set_to, args=(True,))
             return
         field = f"draft-{self._talk.id}-{place}"
         st.text_area(self._words("edit"), entry.text, key=field, label_visibility="collapsed")

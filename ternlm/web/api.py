@@ -98,8 +98,9 @@ class Server:
         return Answer(self, body)
 
     def _client(self) -> httpx.Client:
-        own = _is_this_machine(httpx.URL(self.url).host)  # which no proxy leads to
-        return httpx.Client(headers=self._headers, timeout=self._timeout, trust_env=not own)
+        own = _is_this_machine(httpx.URL(self.url).host)  # which no proxy of the environment leads to
+        mounts = dict.fromkeys(("all://", "http://", "https://")) if own else None
+        return httpx.Client(headers=self._headers, timeout=self._timeout, mounts=mounts)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

@@ -78,6 +78,12 @@ def test_models_are_listed_and_addresses_may_be_short(server: Served) -> None:
         assert Server(url).models() == ["tiny"]
 
 
+def test_no_proxy_stands_before_this_machine(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert Server(server.url).models() == ["tiny"]
+
+
 def test_a_streamed_answer_is_the_whole_one_with_its_usage(server: Served, api: Server) -> None:
     settings = {"max_tokens": 12, "temperature": 0, "seed": None, "ignore_eos": True}
     pieces = list(api.chat(ASKED, "tiny", settings))

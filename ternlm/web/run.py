@@ -27,7 +27,8 @@ def command(port: int) -> list[str]:
         "client.toolbarMode": "minimal",
         "client.showErrorLinks": "false",
         "logger.level": "warning",
-        "theme.primaryColor": "#2b6cb0",
+        "theme.light.primaryColor": "#2b6cb0",  # for each, so that the page is as dark as its reader's others
+        "theme.dark.primaryColor": "#63a4e8",
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     for host in (HOST, "localhost"):  # keeps away pages of other sites, whose names were made to lead here

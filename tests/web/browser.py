@@ -88,6 +88,9 @@ def talk(page: Any, folder: Path) -> None:
     reader = Reader(page, folder)
     page.get_by_test_id("stChatInputTextArea").wait_for()
     reader.shoot("empty")
+    page.get_by_text("Sampling", exact=True).first.click()
+    page.get_by_role("slider", name="Temperature").press("Home")  # always the likeliest: what is asked for is known
+    page.wait_for_timeout(1000)
     reader.ask("What is the capital of France? Answer in one sentence.")
     page.locator(".st-key-stop").wait_for()
     reader.shoot("streaming")
@@ -110,7 +113,7 @@ def talk(page: Any, folder: Path) -> None:
     assert reader.answers()[3] != before
     reader.press("Earlier version")
     page.wait_for_timeout(1000)
-    assert reader.answers()[3].split("tokens")[0][:40] == before.split("tokens")[0][:40]
+    assert reader.answers()[3] == before
     page.get_by_role("radio", name="中文").or_(page.get_by_role("button", name="中文")).first.click()
     page.get_by_role("button", name="重新生成").wait_for()
     reader.shoot("chinese")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ternlm.cli.terminal import Conversation, talk
+from ternlm.cli.terminal import Aside, Conversation, talk
 
 
 class Partner:
@@ -22,6 +22,7 @@ class Partner:
         yield f"{len(messages)} at"
         if "interrupt" in messages[-1]["content"]:
             raise KeyboardInterrupt
+        yield Aside("(hm)") if "aside" in messages[-1]["content"] else ""
         yield f" {settings['temperature']}"
 
 
@@ -83,6 +84,25 @@ def test_settings_are_shown_and_changed_to_values_of_their_kind(conversation, sa
         "[/set top_k needs a value: /set top_k 0]",
         "[temperature = warm must be a number, as 1.0 is]",
     ]
+
+
+def test_settings_that_may_be_null_become_so_and_others_dont(conversation, say):
+    conversation.settings["seed"], conversation.optional = None, {"seed": int}
+    assert say(
+        "/set seed 5", "/set seed null", "/set seed soon", "/set temperature null", "/set top_k true", "/set"
+    ) == [
+        "[seed = soon must be a whole number, or null]",
+        "[temperature = null must be a number, as 0.5 is]",
+        "[top_k = true must be a whole number, as 0 is]",
+        "temperature = 0.5",
+        "top_k = 0",
+        "seed = null",
+    ]
+
+
+def test_asides_are_shown_and_not_kept(conversation, say):
+    assert say("aside") == ["1 at(hm) 0.5"]
+    assert contents(conversation) == ["aside", "1 at 0.5"]
 
 
 def test_a_conversation_is_saved_as_training_takes_it_and_loaded(conversation, say, tmp_path: Path):

@@ -14,6 +14,7 @@ import typer
 
 from ternlm.cli.bench import bench
 from ternlm.cli.calibrate import calibrate
+from ternlm.cli.client import client
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign, merge_adapter
 from ternlm.cli.data import data
 from ternlm.cli.options import (
@@ -32,6 +33,7 @@ from ternlm.cli.options import (
 )
 from ternlm.cli.plan import plan
 from ternlm.cli.serve import serve
+from ternlm.cli.web import web
 
 app = typer.Typer(
     name="tern",
@@ -304,3 +306,5 @@ app.command("import")(import_foreign)
 app.command("import-config")(import_ancestors_config)
 app.command("calibrate")(calibrate)
 app.command("serve")(serve)
+app.command("client")(client)
+app.command("web")(web)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 Message = Mapping[str, Any]
-Answer = Callable[[Sequence[Message], Mapping[str, Any]], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What is shown between an answer's pieces and isn't part of it."""
+
+    text: str
+
+
+Answer = Callable[[Sequence[Message], Mapping[str, Any]], Iterator[str | Aside]]
 """`(messages, settings) -> pieces of the answer`; closing the iterator ends it. An Exception it raises is told."""
 
 _HELP = """\
@@ -36,6 +45,8 @@ class Conversation:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     """Of user and assistant, in turns."""
+    optional: Mapping[str, type] = field(default_factory=dict)
+    """Settings that may be null, and what they are else."""
 
     def ask(self, text: str, write: Callable[[str], None]) -> None:
         """Answer a question. An answer that is interrupted is kept as far as it came; one that fails isn't, nor its
@@ -46,6 +57,9 @@ class Conversation:
         with contextlib.closing(_as_generator(self.answer([*first, *self.messages, question], self.settings))) as said:
             try:
                 for piece in said:
+                    if isinstance(piece, Aside):
+                        write(piece.text)
+                        continue
                     pieces.append(piece)
                     write(piece)
             except KeyboardInterrupt:
@@ -69,11 +83,12 @@ class Conversation:
         except ValueError:
             value = text
         was = self.settings[name]
-        wanted = float if isinstance(was, float) else type(was)
-        if isinstance(value, int) and wanted is float and not isinstance(value, bool):
+        wanted = self.optional.get(name, type(was))
+        if wanted is float and type(value) is int:
             value = float(value)
-        if was is not None and not isinstance(value, wanted):
-            raise ValueError(f"{name} = {text} must be {_KINDS.get(wanted, wanted.__name__)}, as {was!r} is")
+        if type(value) is not wanted and not (value is None and name in self.optional):
+            as_what = "or null" if name in self.optional else f"as {was!r} is"
+            raise ValueError(f"{name} = {text} must be {_KINDS.get(wanted, wanted.__name__)}, {as_what}")
         self.settings[name] = value
 
     def save(self, file: Path) -> None:
@@ -206,6 +221,6 @@ def _is_said(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)
 
 
-def _as_generator(pieces: Iterator[str]) -> Any:
+def _as_generator(pieces: Iterator[str | Aside]) -> Any:
     """Return an iterator that can be closed."""
     return pieces if hasattr(pieces, "close") else (piece for piece in pieces)

@@ -23,7 +23,7 @@ ASKED = [
     "用中文介绍{}。",
     "Translate into French: I have been thinking about {} since yesterday, and I wonder what my grandmother would say.",
 ]
-TOKENS = 24
+TOKENS = 16
 
 
 def as_transformers(model: CausalLM):

@@ -52,7 +52,7 @@ _REMEDIES = {
     EMPTY_FILE: "remove the file",
     DAMAGED: "copy or compress the file again",
     NO_FORMAT: "bring the file into one of these formats",
-    OTHER_FORMAT: "give each format its own files, and name it with --conversations where it isn't found",
+    OTHER_FORMAT: "give each format its own files; name it where it isn't found: --conversations or data.format",
     NO_ANSWER: "give the conversation an answer that carries loss",
     BAD_CONVERSATION: "put the record right",
     TOO_LONG: "for text files choose --text-document line or paragraph, else split the document",

@@ -45,7 +45,7 @@ def inspect_conversations(
     with TemporaryDirectory(prefix="tern-inspect-") as folder:
         seen = _Seen()
         with ShardWriter(folder, "shard-00000", tokenizer.vocab_size) as writer:
-            for file in find_inputs([path]):
+            for file in find_inputs([path], records=True):
                 if file.format == "internlm":
                     raise DataError(f"{file.path}: is in tokens already; inspect it without a chat protocol")
                 seen.files.append((file, _write(file, writer, tokenizer, options, records, seen)))

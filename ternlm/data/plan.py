@@ -5,6 +5,7 @@ Nothing is read here but folders, line ends around cuts and parquet footers.
 """
 
 import fnmatch
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ternlm.data.spans import Compression, Format, InputFile, Span
 
 FormatChoice = Literal["auto", "text", "json", "jsonl", "parquet", "internlm"]
 
+logger = logging.getLogger(__name__)
+
 _SUFFIXES: dict[str, Format] = {
     ".txt": "text",
     ".json": "json",
@@ -28,6 +31,7 @@ _SUFFIXES: dict[str, Format] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".zstd": "zst"}
 _META = ".bin.meta"
+_RECORDS = tuple(suffix for suffix in _SUFFIXES if suffix != ".txt")
 _MIB = 1 << 20
 
 
@@ -39,24 +43,35 @@ class Unit:
     size: int
 
 
-def find_inputs(inputs: Sequence[str | Path], *, format: FormatChoice = "auto", include: str = "*") -> list[InputFile]:
+def find_inputs(
+    inputs: Sequence[str | Path], *, format: FormatChoice = "auto", include: str = "*", records: bool = False
+) -> list[InputFile]:
     """List the files of `inputs`, files or folders, by name.
 
-    In folders, those whose name or path within the folder matches `include`; hidden ones are left out.
+    In folders, those whose name or path within the folder matches `include`; hidden ones are left out. records: so are
+    those whose suffix says that they hold no records, such as a data set's README.md, with a word in the log.
     """
     if format not in get_args(FormatChoice):
         raise DataError(f"format = {format!r} must be one of {', '.join(get_args(FormatChoice))}")
     if not inputs:
         raise DataError("no input: give at least one file or folder")
     files: dict[Path, InputFile] = {}
+    others: list[Path] = []
     places = [Path(place) for place in inputs]
     for place, label in zip(places, _labels(places), strict=True):
         for path, inner in _walk(place, include):
             name = f"{label}/{inner}" if inner else label
+            if records and inner and _suffix(name)[0] not in _RECORDS:
+                others.append(path)
+                continue
             real = path.resolve()
             if real in files:
                 raise DataError(f"{path}: is given twice; give each input once, and weights in the mixture")
             files[real] = _input_file(path, name, format)
+    if others:
+        logger.info("%d files hold no records (%s) and are left out, as %s", len(others), " ".join(_RECORDS), others[0])
+    if not files:
+        raise DataError(f"{places[0]}: holds no file of records ({' '.join(_RECORDS)})")
     return sorted(files.values(), key=lambda file: file.name)
 
 
@@ -138,9 +153,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _input_file(path: Path, name: str, format: FormatChoice) -> InputFile:
-    suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
-    compression: Compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
-    suffix = "".join(suffixes[-2:-1] if compression else suffixes[-1:])
+    suffix, compression = _suffix(name)
     if format == "auto" and suffix not in _SUFFIXES:
         raise DataError(
             f"{path}: can't tell its format from its suffix {suffix!r}; known are {' '.join(_SUFFIXES)}, "
@@ -150,6 +163,13 @@ def _input_file(path: Path, name: str, format: FormatChoice) -> InputFile:
     if compression and its in ("parquet", "internlm"):
         raise DataError(f"{path}: {its} files are read in parts and can't be compressed; unpack it first")
     return InputFile(path, name, path.stat().st_size, its, compression)
+
+
+def _suffix(name: str) -> tuple[str, Compression]:
+    """Return a file's suffix without that of its compression, and this."""
+    suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
+    compression: Compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
+    return "".join(suffixes[-2:-1] if compression else suffixes[-1:]), compression
 
 
 def _cut(file: InputFile, text_document: TextDocument, unit_bytes: int) -> list[Span]:

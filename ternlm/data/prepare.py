@@ -110,7 +110,7 @@ def prepare(
             "tokenizer_config.json beside it, or choose --no-eos"
         )
     _refuse_own_output(inputs, folder)
-    files = find_inputs(inputs, format=format, include=include)
+    files = find_inputs(inputs, format=format, include=include, records=conversations is not None)
     unit_bytes = unit_bytes or default_unit_bytes(sum(file.size for file in files))
     units = make_units(files, text_document, unit_bytes)
     settings: dict[str, Any] = {"field": field, "text_document": text_document, "bos": bos, "eos": eos}
@@ -181,7 +181,11 @@ class _Run:
         if len(reports) < len(self.units):
             return False
         if not any(report.shard.documents for report in reports.values()):
-            raise DataError(f"{self.folder}: the inputs hold no document, so there is nothing to train on")
+            reasons = "".join(
+                f"\n  left out {entry['count']:,} for {kind}, the first: {entry['first']}"
+                for kind, entry in _sum_skipped(reports).items()
+            )
+            raise DataError(f"the inputs hold no document, so there is nothing to train on{reasons}")
         _remove_temporary(self.folder, None)
         try:
             write_manifest(

@@ -180,7 +180,9 @@ def _format_of(span: Span, records: _Records, report: Report) -> tuple[FormatNam
     for _, record in first:
         if (format := detect_format(record)) is not None:
             return format, records
-    if first:
-        place, record = first[0]
+    # The first that has one says it: those before it are left out, one by one.
+    for place, record in records:
+        if (format := detect_format(record)) is not None:
+            return format, chain([(place, record)], records)
         report(BadRecord(NO_FORMAT, span.file, place(), unknown_format(record)))
     return "auto", iter(())

@@ -168,17 +168,32 @@ def open_source(config: SourceConfig, data: DataConfig, *, validation: bool, fra
         validation=validation,
     )
     if source.num_sequences == 0:
-        store, lost = source.store, ""
-        if source.num_dropped:
-            lost = f"{source.num_dropped} are left out, since they are longer (too_long = {data.too_long}). "
+        store = source.store
+        if data.packing == "best_fit" or data.packing == "pad":
+            raise DataError(_why_none(source, data, "held out" if validation else "left to train on", fraction))
         raise DataError(
             f"source {config.name!r} ({config.path}): no sequence of seq_len = {data.seq_len} tokens. It has "
             f"{store.num_documents} documents, {store.num_tokens} tokens; {source.num_documents} documents, "
             f"{source.num_tokens} tokens are left by min_length = {config.min_length} and as the "
-            f"{'held-out' if validation else 'training'} part at data.validation_fraction = {fraction:g}. {lost}"
+            f"{'held-out' if validation else 'training'} part at data.validation_fraction = {fraction:g}. "
             "Give it more text, or change these settings"
         )
     return source
+
+
+def _why_none(source: Source, data: DataConfig, part: str, fraction: float) -> str:
+    """Say why none of a source's whole documents can be used."""
+    name, count = f"source {source.name!r} ({source.store.path})", source.store.num_documents
+    if source.num_dropped:
+        how = "longer than it" if data.too_long == "drop" else "longer than it, with all that is trained behind the cut"
+        return (
+            f"{name}: data.seq_len = {data.seq_len} is too short: {source.num_dropped} of its {count} documents are "
+            f"{how}, and no other is left; raise it"
+        )
+    return (
+        f"{name}: data.validation_fraction = {fraction:g} of its {count} documents leaves none that is {part}; choose "
+        "another fraction, or give it more"
+    )
 
 
 def check_tokenizers(sources: Sequence[Source], vocab_size: int, fingerprint: str | None = None) -> None:

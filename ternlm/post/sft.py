@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ternlm.config import Config, SftConfig, config_from_dict, config_to_dict
+from ternlm.config import Config, SftConfig, config_from_dict, config_to_dict, diff, load_sft_config, render
 from ternlm.config.layout import resolve_layout
 from ternlm.config.section import ConfigError
 from ternlm.config.sft import ConversationSource
 from ternlm.convert.weights import OpenModel
+from ternlm.data.atomic import write_atomically
 from ternlm.data.prepare import prepare
 from ternlm.data.protocols import ChatProtocol
 from ternlm.data.samples import options_for
@@ -64,6 +66,7 @@ def fine_tune(settings: SftConfig, resume: str = "auto") -> Run:
     log_from(launch)
     ready = open_sft(settings, first=launch.rank == 0, console=Console(stderr=True) if not launch.rank else None)
     if not launch.rank:
+        _keep_settings(settings)
         _tell(ready)
     return pretrain(ready.config, resume, _answerer(ready, settings.data.system), ready.facts)
 
@@ -218,6 +221,17 @@ def _answerer(ready: FineTuning, system: str | None) -> Any:
             return answer_texts(model, ready.tokenizer, ready.protocol.template, conversations, params)
 
     return answer
+
+
+def _keep_settings(settings: SftConfig) -> None:
+    """Write the settings into the run's folder, where its own say nothing of conversations; tell what has changed."""
+    file = Path(settings.out) / "sft.toml"
+    if file.is_file():
+        with suppress(ConfigError, OSError):  # one that can't be read any more tells nothing
+            for line in diff(load_sft_config(file), settings):
+                if line.startswith(("data.", "load.")):
+                    logger.warning("changed since this run began or went on: %s", line)
+    write_atomically(file, render(settings).encode())
 
 
 def _tell(ready: FineTuning) -> None:

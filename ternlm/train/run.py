@@ -287,7 +287,11 @@ def _resume(run: Run, checkpoint: Path) -> None:
         logger.warning("changed since the checkpoint: %s", line)
     for name, source in _describe_sources(run.loader).items():
         if state["sources"].get(name, source) != source:
-            logger.warning("the data of source %r has changed since the checkpoint: the order won't be the same", name)
+            logger.warning(
+                "the data of source %r has changed since the checkpoint: from here it's other samples in other order, "
+                "and what was held out may be trained on; for a run on the new data alone choose another out",
+                name,
+            )
     load_everything(run.pieces, run.optimizers, checkpoint, run.mesh)
     run.progress = Progress.from_state_dict(state["progress"])
     run.loader.load_state_dict(state["data"])

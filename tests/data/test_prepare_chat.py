@@ -305,3 +305,28 @@ def test_samples_of_one_conversation_are_held_out_together(tokenizer: Tokenizer,
     assert not talks_of[0] & talks_of[1]
     assert talks_of[0] | talks_of[1] == set(range(120))
     assert sum(side.num_documents for side in sides) == len(expected)
+
+
+def test_records_before_the_first_of_a_format_are_left_out_one_by_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "late.jsonl", [{"foo": 1}] * 50 + [pair(number) for number in range(9)] + [{"foo": 1}])
+    done = prepare([file], tokenizer, tmp_path / "out", on_error="skip", conversations=options())
+    assert done.conversations["conversations"] == 9
+    assert sum(entry["count"] for entry in done.skipped.values()) == 51
+
+
+def test_a_folders_files_without_records_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text("# A data set")
+    with pytest.raises(DataError, match=r"set: holds no file of records \(\.json \.jsonl"):
+        prepare([folder], tokenizer, tmp_path / "out", conversations=options())
+    write(folder / "a.jsonl", [pair(1)])
+    assert prepare([folder], tokenizer, tmp_path / "out", conversations=options()).conversations["samples"] == 1
+    with pytest.raises(DataError, match="can't tell its format"):
+        prepare([folder / "README.md"], tokenizer, tmp_path / "other", conversations=options())
+
+
+def test_where_nothing_can_be_used_the_reasons_are_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = write(tmp_path / "bad.jsonl", [{"foo": 1}] * 3)
+    with pytest.raises(DataError, match=r"train on\n  left out 3 for unknown format, the first: bad\.jsonl:1"):
+        prepare([file], tokenizer, tmp_path / "out", on_error="skip", conversations=options())

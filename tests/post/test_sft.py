@@ -2,12 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from ternlm.config import ConfigError, SftConfig
+from ternlm.config import ConfigError, SftConfig, load_sft_config
 from ternlm.config.layout import resolve_layout
 from ternlm.data.errors import DataError
 from ternlm.infer.chat import start_chat
@@ -123,6 +124,19 @@ def test_a_run_is_resumed_with_its_data_as_they_are(make_settings, caplog):
     assert resumed.progress.step == 4
     for ours, theirs in zip(resumed.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_what_a_run_was_told_lies_in_its_folder_and_changes_are_named(make_settings, caplog):
+    settings = make_settings("told", train={"steps": 1})
+    fine_tune(settings)
+    assert load_sft_config(Path(settings.out) / "sft.toml") == settings
+    caplog.clear()
+    fine_tune(make_settings("told", train={"steps": 1}))
+    assert "changed since this run began" not in caplog.text
+    data = {**settings.data.model_dump(exclude_none=True, exclude_defaults=True), "system": "be kind"}
+    fine_tune(make_settings("told", train={"steps": 2}, data=data))
+    assert 'changed since this run began or went on: data.system: not set -> "be kind"' in caplog.text
+    assert "has changed since the checkpoint: from here it's other samples" in caplog.text
 
 
 def test_the_trained_model_chats_by_the_template_that_it_learnt(make_settings):

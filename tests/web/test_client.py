@@ -4,6 +4,7 @@ import io
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,16 @@ def test_thoughts_are_shown_apart() -> None:
     assert said == [Aside("[thinks] h"), Aside("m"), Aside("\n[says] "), "ye", "s", Aside(" [cut: it became too long]")]
 
 
-def test_an_interrupt_ends_the_answer_on_the_server_and_not_the_conversation(server: Served) -> None:
+def test_an_interrupt_ends_the_answer_on_the_server_and_not_the_conversation(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = server.engine.step
+
+    def slow() -> object:  # so that the answer isn't whole before the signal has come
+        time.sleep(0.02)
+        return step()
+
+    monkeypatch.setattr(server.engine, "step", slow)
     command = [sys.executable, "-m", "ternlm", "client", server.url, "--temperature", "1.9", "--max-tokens", "450"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:

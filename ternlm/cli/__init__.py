@@ -8,7 +8,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -32,7 +32,7 @@ from ternlm.cli.options import (
     TopP,
 )
 from ternlm.cli.plan import plan
-from ternlm.cli.serve import serve
+from ternlm.cli.serve import room_for, serve
 from ternlm.cli.web import web
 
 app = typer.Typer(
@@ -245,7 +245,8 @@ def chat(
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
     settings = {name: getattr(params, name) for name in names}
     with loaded(model, device, dtype, base) as (opened, network):
-        answerer = start_chat(opened, network, params, protocol, _room_for_a_chat(network))
+        lengths = 1 if network.config.rope_scaling.kind == "default" else 4
+        answerer = start_chat(opened, network, params, protocol, room_for(network, lengths))
         talk(
             Conversation(
                 lambda messages, settings: answerer.answer(messages, replace(answerer.params, **settings)),
@@ -253,17 +254,6 @@ def chat(
                 system,
             )
         )
-
-
-def _room_for_a_chat(network: Any) -> int:
-    """Return for how many tokens of a conversation there is memory."""
-    from ternlm.infer.engine import compute_dtype
-    from ternlm.infer.memory import choose_num_tokens
-    from ternlm.monitor.memory import free_memory
-
-    config, device = network.config, network.model.norm.weight.device
-    lengths = 1 if config.rope_scaling.kind == "default" else 4
-    return choose_num_tokens(config, compute_dtype(network), lengths, free_memory(device), device.type)
 
 
 @config.command("show")

@@ -140,15 +140,22 @@ def _make_engine(
 ) -> tuple[Any, Callable[[], Any]]:
     """Return the engine of a loaded model, and the context that its steps run in."""
     from ternlm.infer.engine import Engine, compute_dtype
-    from ternlm.infer.memory import choose_num_tokens
-    from ternlm.monitor.memory import free_memory
     from ternlm.train.precision import autocast
 
     device, dtype = network.model.norm.weight.device, compute_dtype(network)
-    if kv_tokens is None:
-        kv_tokens = choose_num_tokens(network.config, dtype, max_running, free_memory(device), device.type)
-    engine = Engine(network, kv_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
+    num_tokens = room_for(network, max_running) if kv_tokens is None else kv_tokens
+    engine = Engine(network, num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
     return engine, lambda: autocast(device, dtype)
+
+
+def room_for(network: Any, max_running: int) -> int:
+    """Return for how many tokens' keys and values there is memory, as so many texts of a loaded model may need."""
+    from ternlm.infer.engine import compute_dtype
+    from ternlm.infer.memory import choose_num_tokens
+    from ternlm.monitor.memory import free_memory
+
+    device = network.model.norm.weight.device
+    return choose_num_tokens(network.config, compute_dtype(network), max_running, free_memory(device), device.type)
 
 
 def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_jobs: int) -> Any:

@@ -157,11 +157,12 @@ def open_source(config: SourceConfig, data: DataConfig, *, validation: bool, fra
 
     validation: read the held-out documents, `fraction` of them all; else read the others.
     """
+    whole_documents = data.packing if data.packing in ("pad", "best_fit") else None
     source = Source(
         config.name,
         open_store(config.path),
         seq_len=data.seq_len,
-        whole_documents=data.packing if data.packing in ("pad", "best_fit") else None,
+        whole_documents=whole_documents,
         too_long=data.too_long,
         min_length=config.min_length,
         validation_fraction=fraction,
@@ -169,7 +170,7 @@ def open_source(config: SourceConfig, data: DataConfig, *, validation: bool, fra
     )
     if source.num_sequences == 0:
         store = source.store
-        if data.packing == "best_fit" or data.packing == "pad":
+        if whole_documents:
             raise DataError(_why_none(source, data, "held out" if validation else "left to train on", fraction))
         raise DataError(
             f"source {config.name!r} ({config.path}): no sequence of seq_len = {data.seq_len} tokens. It has "

@@ -25,9 +25,6 @@ class Chat:
         """params: as answers are drawn, with the ids that end them. num_tokens: of a conversation, that there is room
         for."""
         self.tokenizer, self.template, self.params = dialect.tokenizer, dialect.template, params
-        self._longest = num_tokens
-        if model.config.rope_scaling.kind == "default":
-            self._longest = min(num_tokens, model.config.max_position_embeddings)
         self._engine = Engine(model, num_tokens, max_running=1)
         self._times: Counter[tuple[int, ...]] = Counter()
 
@@ -39,10 +36,11 @@ class Chat:
         """
         params = params or self.params
         prompt = encode_chat(self.tokenizer, self.template, messages)
-        room = min(params.max_new_tokens, self._longest - len(prompt))
+        longest = self._engine.longest
+        room = min(params.max_new_tokens, longest - len(prompt))
         if room < 1:
             raise ConfigError(
-                f"the conversation has {len(prompt)} tokens, and there is room for {self._longest}; begin a new one"
+                f"the conversation has {len(prompt)} tokens, and there is room for {longest}; begin a new one"
             )
         generator = make_generator(params.seed, prompt, self._times[tuple(prompt)])
         self._times[tuple(prompt)] += 1

@@ -4,7 +4,6 @@ Tokens in, tokens out: text is for others. One thread at a time may use an engin
 what training changes is what the next step computes with; `forget` then says that what is stored is out of date.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from ternlm.infer.paged import PagedCache, Piece
 from ternlm.infer.pages import BLOCK, BlockPool
 from ternlm.infer.params import SamplingParams
 from ternlm.infer.request import Constraint, Event, Finish, Request
-from ternlm.infer.sampling import Logprobs, logprobs_of, make_generator, sample
+from ternlm.infer.sampling import Logprobs, logprobs_of, make_generator, make_generators, sample
 from ternlm.infer.scheduler import Scheduler, Share
 from ternlm.model.decoder import CausalLM
 
@@ -235,12 +234,11 @@ def generate(
     if not needs:
         return []
     engine = Engine(model, sum(needs[:max_running]) * BLOCK, max_running=max_running)
-    times: Counter[tuple[int, ...]] = Counter()
-    rows: dict[Request, int] = {}
-    for row, prompt in enumerate(prompts):
-        generator = make_generator(params.seed, prompt, times[tuple(prompt)])
-        times[tuple(prompt)] += 1
-        rows[engine.add(prompt, params, generator=generator)] = row
+    generators = make_generators(params.seed, prompts)
+    rows = {
+        engine.add(prompt, params, generator=generator): row
+        for row, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
+    }
     while engine.is_busy:
         for event in engine.step():
             if on_token is not None and event.token is not None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import IO, Literal
 import httpx
 
 from ternlm.config.section import ConfigError, UserError
+from ternlm.serve.address import bind
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ class Process:
 
     def __init__(self, start: Start) -> None:
         """Start it at a free port of this machine; `wait` says when it serves."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with bind("127.0.0.1", 0) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, str(Path(__file__).with_name("keeper.py")), *start.command(port)]

@@ -6,7 +6,6 @@ What stands before every route here, the key, sizes, the number of requests, sta
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request, Response
@@ -14,6 +13,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import StreamingResponse
 
 from ternlm.serve.errors import ApiError, as_api_error, handle_errors, json_response
+from ternlm.serve.exchange import unless_gone
 from ternlm.serve.external import Process
 from ternlm.serve.guard import Gate, Guard, Rules
 
@@ -55,15 +55,10 @@ class Proxy:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _OWN}
         self._open += 1
         self._none_open.clear()
-        sending = asyncio.ensure_future(
-            self._client.send(
-                self._client.build_request(request.method, request.url.path, content=body, headers=headers), stream=True
-            )
-        )
+        sent = self._client.build_request(request.method, request.url.path, content=body, headers=headers)
         try:
-            answer = await self._unless_left(request, sending)
+            answer = await unless_gone(request, self._client.send(sent, stream=True))
         except BaseException as error:
-            sending.cancel()
             self._ended()
             if isinstance(error, httpx.HTTPError):
                 logger.warning("the engine can't be reached: %s", error)
@@ -76,18 +71,6 @@ class Proxy:
         return StreamingResponse(
             self._pieces(answer), answer.status_code, headers=kept, background=BackgroundTask(self._close, answer)
         )
-
-    async def _unless_left(self, request: Request, sending: "asyncio.Future[httpx.Response]") -> httpx.Response:
-        """Wait for the first of an answer; raises ApiError once the client has gone."""
-        leaving = asyncio.ensure_future(_left(request))
-        try:
-            waiting: set[asyncio.Future[Any]] = {sending, leaving}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            leaving.cancel()
-        if not sending.done():
-            raise ApiError(499, "the client has gone", code="client_gone")
-        return sending.result()
 
     async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         try:
@@ -127,11 +110,6 @@ class Proxy:
             logger.info("ending %d answers that take longer", self._open)
         await asyncio.to_thread(self._process.end)
         await self._client.aclose()
-
-
-async def _left(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.05)
 
 
 def make_proxy_app(proxy: Proxy, rules: Rules, gate: Gate) -> FastAPI:

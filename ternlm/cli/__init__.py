@@ -17,6 +17,7 @@ from ternlm.cli.calibrate import calibrate
 from ternlm.cli.client import client
 from ternlm.cli.convert import export_model, import_ancestors_config, import_foreign, merge_adapter
 from ternlm.cli.data import data
+from ternlm.cli.models import ready, room_for
 from ternlm.cli.options import (
     Base,
     Device,
@@ -32,7 +33,7 @@ from ternlm.cli.options import (
     TopP,
 )
 from ternlm.cli.plan import plan
-from ternlm.cli.serve import room_for, serve
+from ternlm.cli.serve import serve
 from ternlm.cli.web import web
 
 app = typer.Typer(
@@ -196,10 +197,9 @@ def generate(
     """Continue prompts with a trained model; a single one's text appears as it is generated."""
     from ternlm.infer.params import SamplingParams
     from ternlm.infer.text import generate_texts, stop_ids, stream_text
-    from ternlm.train.models import loaded
 
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    with loaded(model, device, dtype, base) as (opened, network):
+    with ready(model, device, dtype, base) as (opened, network):
         tokenizer = opened.tokenizer
         assert tokenizer is not None  # `loaded` has seen to it
         params = replace(sampling, stop_ids=stop_ids(tokenizer))
@@ -239,12 +239,11 @@ def chat(
     from ternlm.cli.terminal import Conversation, talk
     from ternlm.infer.chat import start_chat
     from ternlm.infer.params import SamplingParams
-    from ternlm.train.models import loaded
 
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
     settings = {name: getattr(params, name) for name in names}
-    with loaded(model, device, dtype, base) as (opened, network):
+    with ready(model, device, dtype, base) as (opened, network):
         lengths = 1 if network.config.rope_scaling.kind == "default" else 4
         answerer = start_chat(opened, network, params, protocol, room_for(network, lengths))
         talk(

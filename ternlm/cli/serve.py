@@ -2,13 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from ternlm.cli.models import ready, room_for
 from ternlm.cli.options import Base, Device, Dtype, Model
 
 Host = Annotated[str, typer.Option(help="Address to listen at; others than this machine's need a key.")]
@@ -78,8 +79,8 @@ def serve(
     rules = Rules(api_key, int(max_body_mib * 2**20), api_key is None and is_local(host), log_requests)
     named, most = name or Path(model).stem, max_running + max_waiting
     if engine == "torch":
-        with _own_engine(model, device, dtype, base, kv_tokens, max_running, max_step_tokens) as (opened, own, context):
-            _serve_own(opened, own, context, named, protocol, max_waiting, rules, bound, grace)
+        with _own_engine(model, device, dtype, base, kv_tokens, max_running, max_step_tokens) as (opened, own, home):
+            _serve_own(opened, own, home, named, protocol, max_waiting, rules, bound, grace)
         return
     from ternlm.cli.external import External, serve_external
 
@@ -93,7 +94,7 @@ def serve(
 def _serve_own(
     opened: Any,
     engine: Any,
-    context: Callable[[], Any],
+    home: Any,
     name: str,
     protocol: str | None,
     max_waiting: int,
@@ -108,7 +109,7 @@ def _serve_own(
     from ternlm.serve.torch_engine import TorchBackend
 
     served = _describe(name, opened, engine, protocol, engine.scheduler.max_running + max_waiting)
-    backend, gate = TorchBackend(engine, served.tokenizer, max_waiting=max_waiting, context=context), Gate()
+    backend, gate = TorchBackend(engine, served.tokenizer, max_waiting=max_waiting, home=home), Gate()
 
     def announce(url: str) -> None:
         chat = "" if served.dialect else f"; no chat: {served.why_not}"
@@ -127,35 +128,21 @@ def _own_engine(
     kv_tokens: int | None,
     max_running: int,
     max_step_tokens: int,
-) -> Iterator[tuple[Any, Any, Callable[[], Any]]]:
-    """Give a loaded model, its engine, and the context that the engine's steps run in."""
-    from ternlm.train.models import loaded
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Give a loaded model, its engine, and the thread that both were made in and that steps are to run in."""
+    from ternlm.infer.worker import Home
 
-    with loaded(model, device, dtype, base) as (opened, network):
-        yield opened, *_make_engine(network, kv_tokens, max_running, max_step_tokens)
+    def make(network: Any) -> Any:
+        from ternlm.infer.engine import Engine
 
+        num_tokens = room_for(network, max_running) if kv_tokens is None else kv_tokens
+        return Engine(network, num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
 
-def _make_engine(
-    network: Any, kv_tokens: int | None, max_running: int, max_step_tokens: int
-) -> tuple[Any, Callable[[], Any]]:
-    """Return the engine of a loaded model, and the context that its steps run in."""
-    from ternlm.infer.engine import Engine, compute_dtype
-    from ternlm.train.precision import autocast
-
-    device, dtype = network.model.norm.weight.device, compute_dtype(network)
-    num_tokens = room_for(network, max_running) if kv_tokens is None else kv_tokens
-    engine = Engine(network, num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
-    return engine, lambda: autocast(device, dtype)
-
-
-def room_for(network: Any, max_running: int) -> int:
-    """Return for how many tokens' keys and values there is memory, as so many texts of a loaded model may need."""
-    from ternlm.infer.engine import compute_dtype
-    from ternlm.infer.memory import choose_num_tokens
-    from ternlm.monitor.memory import free_memory
-
-    device = network.model.norm.weight.device
-    return choose_num_tokens(network.config, compute_dtype(network), max_running, free_memory(device), device.type)
+    home, held = Home(), ExitStack()
+    opened, network = home.do(lambda: held.enter_context(ready(model, device, dtype, base)))
+    yield opened, home.do(lambda: make(network)), home
+    home.do(held.close)
+    home.end()
 
 
 def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_jobs: int) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
+from ternlm.infer.fast import compute_dtype, is_fast, shared
 from ternlm.infer.paged import PagedCache, Piece
 from ternlm.infer.pages import BLOCK, BlockPool
 from ternlm.infer.params import SamplingParams
@@ -18,6 +19,7 @@ from ternlm.infer.request import Constraint, Event, Finish, Request
 from ternlm.infer.sampling import Logprobs, logprobs_of, make_generator, make_generators, sample
 from ternlm.infer.scheduler import Scheduler, Share
 from ternlm.model.decoder import CausalLM
+from ternlm.ops.onednn import round_rows
 
 _LOGIT_ROWS = 64
 """Rows of logits that are made at a time where a prompt's own are wanted."""
@@ -37,7 +39,8 @@ class Engine:
         """
         weight = model.model.norm.weight
         num_blocks = -(-num_tokens // BLOCK)
-        self.model, self.config, self.device = model, model.config, weight.device
+        self.config, self.device = model.config, weight.device
+        self._model = shared(model)
         self._dynamic = model.config.rope_scaling.kind == "dynamic"
         self.pool = BlockPool(num_blocks)
         self._cache = PagedCache(model.config, num_blocks, compute_dtype(model), self.device)
@@ -151,10 +154,15 @@ class Engine:
             pieces.append(Piece(request.pages.blocks, request.num_stored, count))
             tokens.extend(share.tokens)
             lengths.extend([request.rope_length] * count)
-        positions_1T = self._cache.place(pieces)
-        tokens_1T = torch.tensor([tokens], device=self.device)
-        rope_length = torch.tensor([lengths], device=self.device) if self._dynamic else 0
-        return self.model(tokens_1T, positions_1T, self._cache.attend, rope_length)[0]
+        spare = [0] * (self._rows(len(tokens)) - len(tokens))
+        positions_1T = self._cache.place(pieces, len(tokens) + len(spare))
+        tokens_1T = torch.tensor([tokens + spare], device=self.device)
+        rope_length = torch.tensor([lengths + spare], device=self.device) if self._dynamic else 0
+        return self._model(tokens_1T, positions_1T, self._cache.attend, rope_length)[0]
+
+    def _rows(self, num: int) -> int:
+        """Return how many rows to compute with where `num` are wanted."""
+        return round_rows(num) if is_fast(self._model) else num
 
     def _next_tokens(self, hidden_TD: Tensor, shares: Sequence[Share]) -> list[Event]:
         """Draw the next token of each request whose tokens are all stored now."""
@@ -169,7 +177,8 @@ class Engine:
             share.request.num_stored += len(share.tokens)
         if not ready:
             return []
-        logits_BV = self.model.lm_head(hidden_TD[torch.tensor(places, device=self.device)])
+        places += places[:1] * (self._rows(len(places)) - len(places))
+        logits_BV = self._model.lm_head(hidden_TD[torch.tensor(places, device=self.device)])[: len(ready)]
         tokens = sample(logits_BV, [request.row() for request in ready])
         logprobs = self._logprobs(logits_BV, tokens, ready)
         return [self._event(*each) for each in zip(ready, tokens, logprobs, strict=True)]
@@ -205,7 +214,7 @@ class Engine:
         targets = request.prompt[first + known : first + len(share.tokens)]
         for start in range(0, len(targets), _LOGIT_ROWS):
             own = targets[start : start + _LOGIT_ROWS]
-            logits_BV = self.model.lm_head(hidden_TD[start : start + len(own)])
+            logits_BV = self._model.lm_head(hidden_TD[start : start + len(own)])
             request.prompt_logprobs += logprobs_of(logits_BV, own, [request.params.logprobs or 0] * len(own))
 
     def _abandon(self) -> None:
@@ -262,10 +271,3 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int
             f"{name} of {len(prompt)} tokens and max_new_tokens = {max_new_tokens} exceed "
             f"max_position_embeddings = {longest}; shorten one of them or set rope_scaling"
         )
-
-
-def compute_dtype(model: CausalLM) -> torch.dtype:
-    """Return the dtype that the model computes with now: autocast's, else the weights'."""
-    weight = model.model.norm.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype

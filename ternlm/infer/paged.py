@@ -4,7 +4,7 @@ A pass goes over the pieces' tokens behind each other, (1, T): long pieces of pr
 that is being continued. Single tokens are attended together, long pieces each for itself.
 
 Shapes: L layers, T new tokens, R sequences that get one token, S stored tokens, N query heads, K key/value heads,
-G = N / K, H head dim, Q = G * T.
+G = N / K, H head dim, P = K * R, Q = G * T.
 """
 
 import math
@@ -35,7 +35,7 @@ class _Long:
 
     first: int
     last: int
-    slots_S: Tensor | None
+    rows: Tensor | None
     """Where all of its sequence is stored; None: it is its sequence's beginning."""
     mask_QS: Tensor | None
 
@@ -44,24 +44,37 @@ class _Long:
 class _Singles:
     """Pieces of one token that are attended together, of sequences of about the same length."""
 
-    tokens_R: Tensor
-    """Which tokens of the pass."""
-    blocks_RM: Tensor
-    """Blocks of each, filled up with any."""
-    mask_RS: Tensor
+    tokens: Tensor | slice
+    """Which tokens of the pass, R of them."""
+    rows: Tensor
+    """Where the sequences are stored: each as many blocks as the longest has, filled up with any."""
+    mask_R1S: Tensor
 
 
 class PagedCache:
-    """Keys and values of all layers. Before each forward pass call `place`, then hand `attend` to the model."""
+    """Keys and values of all layers. Before each forward pass call `place`, then hand `attend` to the model.
+
+    A row of the memory holds a block of one head, (BLOCK, H); a block's rows are the keys' heads, then the values'.
+    So a head's sequence, taken block by block, lies as matrix products read it.
+    """
 
     def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_hidden_layers, num_blocks, BLOCK, config.kv_heads, config.head_size)
-        self._keys, self._values = (_zeros(shape, dtype, device) for _ in range(2))
+        self._num_heads, self._head_size = config.kv_heads, config.head_size
         self._groups = config.num_attention_heads // config.kv_heads
-        self._device = device
+        self._device, self._dtype = device, dtype
+        num_rows, size = 2 * self._num_heads * num_blocks, BLOCK * self._head_size
+        stored = _zeros((config.num_hidden_layers, num_rows, size), dtype, device)
+        self._blocks = list(stored)
+        self._tokens = [layer.view(-1, self._head_size) for layer in stored]
+        self._taken = torch.empty(0, dtype=dtype, device=device)
+        # The fused kernel is slow at few queries a head; but in fewer bits, products would round the scores.
+        self._by_products = device.type == "cpu" and dtype == torch.float32
 
-    def place(self, pieces: Sequence[Piece]) -> Tensor:
-        """Say which tokens the next pass goes over; return their positions, (1, T)."""
+    def place(self, pieces: Sequence[Piece], num_rows: int = 0) -> Tensor:
+        """Say which tokens the next pass goes over; return their positions, (1, T).
+
+        num_rows: T, where that is to be more than there are tokens; what becomes of the others means nothing.
+        """
         positions, slots, first = [], [], 0
         self._long: list[_Long] = []
         singles: list[tuple[int, Piece]] = []
@@ -69,47 +82,69 @@ class PagedCache:
             places = np.arange(piece.start, piece.start + piece.count)
             blocks = np.asarray(piece.blocks, dtype=np.int64)
             positions.append(places)
-            slots.append(blocks[places // BLOCK] * BLOCK + places % BLOCK)
+            slots.append(blocks[places // BLOCK] * (2 * self._num_heads * BLOCK) + places % BLOCK)
             if piece.count == 1:
                 singles.append((first, piece))
             else:
                 self._long.append(self._plan_long(piece, blocks, first))
             first += piece.count
         self._singles = [self._plan_singles(group) for group in _alike(singles)]
-        self._slots_T = torch.from_numpy(np.concatenate(slots)).to(self._device)
+        self._count = first
+        head_slots = np.arange(2 * self._num_heads) * BLOCK
+        self._slots = torch.from_numpy((np.concatenate(slots)[:, None] + head_slots).ravel()).to(self._device)
+        positions.append(np.zeros(max(num_rows - first, 0), np.int64))
         return torch.from_numpy(np.concatenate(positions)).to(self._device)[None]
 
     def attend(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
         """Store the new keys and values where `place` put them; attend each piece to its sequence so far."""
-        keys, values = self._keys[layer], self._values[layer]
-        flat_keys, flat_values = keys.flatten(0, 1), values.flatten(0, 1)
-        flat_keys.index_copy_(0, self._slots_T, k_BTKH[0])
-        flat_values.index_copy_(0, self._slots_T, v_BTKH[0])
-        out_BTNH = torch.empty_like(q_BTNH)
+        new = torch.cat((k_BTKH[0, : self._count], v_BTKH[0, : self._count]), dim=1)
+        self._tokens[layer].index_copy_(0, self._slots, new.flatten(0, 1))
+        if self._is_plain(q_BTNH.shape[1]):
+            return self._attend_singles(q_BTNH[0], self._singles[0], layer)[None]
+        out_BTNH = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
+        out_BTNH[:, self._count :] = 0
         for piece in self._long:
             own = slice(piece.first, piece.last)
-            q_BTNH_own = q_BTNH[:, own]
-            if piece.slots_S is None:
-                out_BTNH[:, own] = _attend_causally(q_BTNH_own, k_BTKH[:, own], v_BTKH[:, own])
+            if piece.rows is None:
+                found = _attend_causally(q_BTNH[:, own], k_BTKH[:, own], v_BTKH[:, own])
             else:
-                k_BSKH, v_BSKH = flat_keys[piece.slots_S][None], flat_values[piece.slots_S][None]
-                mask = None if piece.mask_QS is None else piece.mask_QS[None, None]
-                out_BTNH[:, own] = _attend_stored(q_BTNH_own, k_BSKH, v_BSKH, mask)
+                found = _attend_stored(q_BTNH[:, own], self._take(piece.rows, 1, layer), piece.mask_QS)
+            out_BTNH[:, own] = found
         for group in self._singles:
-            k_RSKH, v_RSKH = keys[group.blocks_RM].flatten(1, 2), values[group.blocks_RM].flatten(1, 2)
-            q_R1NH = q_BTNH[0, group.tokens_R][:, None]
-            found = _attend_stored(q_R1NH, k_RSKH, v_RSKH, group.mask_RS[:, None, None])
-            out_BTNH[0, group.tokens_R] = found[:, 0]
+            out_BTNH[0, group.tokens] = self._attend_singles(q_BTNH[0, group.tokens], group, layer)
         return out_BTNH
+
+    def _is_plain(self, num_rows: int) -> bool:
+        """Whether the pass goes over one group of single tokens and nothing else."""
+        alone = not self._long and len(self._singles) == 1 and isinstance(self._singles[0].tokens, slice)
+        return alone and self._count == num_rows
+
+    def _attend_singles(self, q_RNH: Tensor, group: _Singles, layer: int) -> Tensor:
+        stored = self._take(group.rows, len(q_RNH), layer)
+        if self._by_products:
+            return _attend_by_products(q_RNH, stored, group.mask_R1S)
+        return _attend_stored(q_RNH[:, None], stored, group.mask_R1S[:, None])[:, 0]
+
+    def _take(self, rows: Tensor, num: int, layer: int) -> Tensor:
+        """Copy sequences' keys and values out of the memory, (2 K, num, S, H); good until the next ones are."""
+        blocks = self._blocks[layer]
+        size = len(rows) * blocks.shape[1]
+        if size > len(self._taken):  # kept, since fresh memory costs more than what is written to it
+            self._taken = torch.empty(size * 5 // 4, dtype=self._dtype, device=self._device)
+        out = self._taken[:size].view(len(rows), -1)
+        torch.index_select(blocks, 0, rows, out=out)
+        return out.view(2 * self._num_heads, num, -1, self._head_size)
 
     def _plan_long(self, piece: Piece, blocks: np.ndarray, first: int) -> _Long:
         if piece.start == 0:
             return _Long(first, first + piece.count, None, None)
-        places = np.arange(piece.start + piece.count)
-        slots_S = torch.from_numpy(blocks[places // BLOCK] * BLOCK + places % BLOCK).to(self._device)
+        used = -(-(piece.start + piece.count) // BLOCK)
         ends_T = torch.arange(piece.start, piece.start + piece.count, device=self._device)
-        mask_TS = torch.arange(len(places), device=self._device) <= ends_T[:, None]
-        return _Long(first, first + piece.count, slots_S, mask_TS.repeat(self._groups, 1))
+        hidden_TS = torch.arange(used * BLOCK, device=self._device) > ends_T[:, None]
+        mask_TS = torch.zeros(hidden_TS.shape, dtype=self._dtype, device=self._device).masked_fill_(
+            hidden_TS, -math.inf
+        )
+        return _Long(first, first + piece.count, self._rows(blocks[None, :used]), mask_TS.repeat(self._groups, 1))
 
     def _plan_singles(self, group: Sequence[tuple[int, Piece]]) -> _Singles:
         longest = max(piece.start for _, piece in group) // BLOCK + 1
@@ -117,11 +152,18 @@ class PagedCache:
         for row, (_, piece) in enumerate(group):
             used = piece.start // BLOCK + 1
             blocks_RM[row, :used] = piece.blocks[:used]
-        ends_R = torch.tensor([piece.start for _, piece in group])
-        mask_RS = torch.arange(longest * BLOCK) <= ends_R[:, None]
-        tokens_R = torch.tensor([token for token, _ in group])
-        device = self._device
-        return _Singles(tokens_R.to(device), torch.from_numpy(blocks_RM).to(device), mask_RS.to(device))
+        ends_R1 = torch.tensor([[piece.start] for _, piece in group])
+        mask_R1S = torch.zeros(len(group), 1, longest * BLOCK, dtype=self._dtype)
+        mask_R1S.masked_fill_((torch.arange(longest * BLOCK) > ends_R1)[:, None], -math.inf)
+        tokens = [token for token, _ in group]
+        follow = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+        where = slice(tokens[0], tokens[-1] + 1) if follow else torch.tensor(tokens, device=self._device)
+        return _Singles(where, self._rows(blocks_RM), mask_R1S.to(self._device))
+
+    def _rows(self, blocks_RM: np.ndarray) -> Tensor:
+        """Return which rows of the memory hold blocks, for one head after another."""
+        heads_K11 = np.arange(2 * self._num_heads)[:, None, None]
+        return torch.from_numpy((heads_K11 + blocks_RM * len(heads_K11)).ravel()).to(self._device)
 
 
 def _alike(singles: Sequence[tuple[int, Piece]]) -> list[list[tuple[int, Piece]]]:
@@ -133,7 +175,7 @@ def _alike(singles: Sequence[tuple[int, Piece]]) -> list[list[tuple[int, Piece]]
             groups.append([])
             limit = max(2 * each[1].start, 16 * BLOCK)
         groups[-1].append(each)
-    return groups
+    return [sorted(group, key=lambda single: single[0]) for group in groups]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -150,11 +192,22 @@ def _attend_causally(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
-def _attend_stored(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_stored(q_BTNH: Tensor, stored_2KBSH: Tensor, mask: Tensor | None) -> Tensor:
     """Attend with a group's G query heads as so many more queries of its key/value head, which is then read once."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = len(stored_2KBSH) // 2
     q_BKQH = q_BTNH.unflatten(2, (K, N // K)).permute(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    k_BKSH, v_BKSH = (x.transpose(0, 1) for x in stored_2KBSH.split(K))
     out_BKQH = F.scaled_dot_product_attention(q_BKQH, k_BKSH, v_BKSH, attn_mask=mask)
     return out_BKQH.unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend_by_products(q_RNH: Tensor, stored_2KRSH: Tensor, mask_R1S: Tensor) -> Tensor:
+    """Attend with one token of each sequence, by two products over all of them."""
+    R, N, H = q_RNH.shape
+    K, S = len(stored_2KRSH) // 2, stored_2KRSH.shape[2]
+    q_PGH = (q_RNH * H**-0.5).view(R, K, -1, H).transpose(0, 1).reshape(K * R, -1, H)
+    k_PSH, v_PSH = stored_2KRSH.view(2, K * R, S, H).unbind()
+    scores_KRGS = torch.bmm(q_PGH, k_PSH.transpose(1, 2)).view(K, R, -1, S).add_(mask_R1S)
+    out_PGH = torch.bmm(scores_KRGS.softmax(-1).view(K * R, -1, S), v_PSH)
+    return out_PGH.view(K, R, -1, H).transpose(0, 1).reshape(R, N, H)

@@ -1,14 +1,17 @@
 """An engine in a thread of its own, for callers in others: requests in, events out as steps bring them.
 
-Only that thread touches the engine. What others say waits in a queue until the step that runs has ended.
+Only that thread touches the engine. What others say waits in a queue until the step that runs has ended. It had better
+be the thread that the model was loaded in: each thread that has computed on a CPU keeps helpers of its own, and where
+there are more of these than cores, every parallel loop waits by sleeping (measured: 1.7 times the time of a step).
 """
 
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +22,7 @@ from ternlm.infer.request import Constraint, Event, Finish, Request
 
 logger = logging.getLogger(__name__)
 
+R = TypeVar("R")
 Deliver = Callable[[Sequence[Event]], None]
 """Takes what a step brought, called in the engine's thread; must return soon and not raise."""
 
@@ -47,6 +51,36 @@ class Load:
     steps: int
 
 
+class Home:
+    """A thread that does one thing after another; it ends with the process at the latest."""
+
+    def __init__(self) -> None:
+        self._told: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def start(self, do: Callable[[], R]) -> "Future[R]":
+        """Let it do something once it has done all else."""
+        future: Future[R] = Future()
+        self._told.put((do, future))
+        return future
+
+    def do(self, do: Callable[[], R]) -> R:
+        """Let it do something; return or raise what that does."""
+        return self.start(do).result()
+
+    def end(self) -> None:
+        """Let it end once it has done what it was told."""
+        self._told.put(None)
+
+    def _run(self) -> None:
+        while (told := self._told.get()) is not None:
+            do, future = told
+            try:
+                future.set_result(do())
+            except BaseException as error:  # whoever waits is to have it, whatever it is
+                future.set_exception(error)
+
+
 class EngineThread:
     """Runs an engine's steps while there are requests."""
 
@@ -56,21 +90,23 @@ class EngineThread:
         deliver: Deliver,
         *,
         max_waiting: int = 256,
-        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        home: Home | None = None,
     ) -> None:
-        """Start the thread.
+        """Begin.
 
-        max_waiting: requests beyond those that run; more are refused. context: what steps run in, as autocast.
+        max_waiting: requests beyond those that run; more are refused. home: the thread that the model was loaded in;
+        it is free again after `close`.
         """
-        self.engine, self.max_waiting = engine, max_waiting
-        self._deliver, self._context = deliver, context
+        self.engine, self.max_waiting, self._deliver = engine, max_waiting, deliver
         self._said: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[Request] = set()
         self._closing = False
         self._counts = dict.fromkeys(("prompt", "cached", "output", "steps"), 0)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        own = Home() if home is None else home
+        self._ran = own.start(self._run)
+        if home is None:
+            own.end()
 
     def submit(
         self,
@@ -133,15 +169,15 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         """Whether requests are served."""
-        return self._thread.is_alive()
+        return not self._ran.done()
 
     def close(self, seconds: float = 0.0) -> None:
         """Take nothing more; let what runs go on for so long at most, cancel the rest, and end the thread."""
         with self._lock:
             self._closing = True
         self._said.put(None)
-        self._thread.join(seconds)
-        if not self._thread.is_alive():
+        wait([self._ran], seconds)
+        if self._ran.done():
             return
 
         def cancel_all() -> None:
@@ -152,17 +188,15 @@ class EngineThread:
             self._tell([Event(request, None, None, "cancelled") for request in requests])
 
         self._said.put(cancel_all)
-        self._thread.join()
+        wait([self._ran])
 
     def _run(self) -> None:
-        torch.set_grad_enabled(False)
-        with self._context():
-            while True:
-                self._listen()
-                if self._closing and not self.engine.is_busy and self._said.empty():
-                    return
-                if self.engine.is_busy:
-                    self._step()
+        while True:
+            self._listen()
+            if self._closing and not self.engine.is_busy and self._said.empty():
+                return
+            if self.engine.is_busy:
+                self._step()
 
     def _listen(self) -> None:
         """Do what was said; wait for something to be said while there is nothing to do."""

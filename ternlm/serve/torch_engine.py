@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncIterator, Sequence
 from threading import Lock
 
 from ternlm.data.tokenizer import Tokenizer
@@ -12,7 +11,7 @@ from ternlm.infer.constraint import GrammarConstraint, Grammars
 from ternlm.infer.engine import Engine
 from ternlm.infer.request import Event, Request
 from ternlm.infer.sampling import make_generator
-from ternlm.infer.worker import EngineThread, Load
+from ternlm.infer.worker import EngineThread, Home, Load
 from ternlm.serve.backend import Job
 
 logger = logging.getLogger(__name__)
@@ -27,15 +26,15 @@ class TorchBackend:
         tokenizer: Tokenizer,
         *,
         max_waiting: int = 256,
-        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        home: Home | None = None,
     ) -> None:
-        """Start the engine's thread; max_waiting and context as for `EngineThread`."""
+        """Start the engine's thread; max_waiting and home as for `EngineThread`."""
         self._engine, self._tokenizer = engine, tokenizer
         self._queues: dict[Request, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._grammars: Grammars | None = None
         self._lock = Lock()
-        self._thread = EngineThread(engine, self._deliver, max_waiting=max_waiting, context=context)
+        self._thread = EngineThread(engine, self._deliver, max_waiting=max_waiting, home=home)
 
     async def start(self, jobs: Sequence[Job]) -> "EngineAnswers":
         """As `Backend`."""

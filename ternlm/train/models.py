@@ -107,19 +107,27 @@ def open_adapter(model: str | Path) -> Adapter:
 def loaded(
     name: str, device: str = "auto", dtype: str = "auto", base: str | None = None
 ) -> Iterator[tuple[OpenModel, CausalLM]]:
-    """Open a model by path or name and put its weights on a device, to be run inside this context.
+    """Open a model by path or name and put its weights on a device, to be run, not trained, inside this context.
 
-    device, dtype: as `compute.device` and `compute.dtype`. base: as for `open_model`. Raises ConfigError where the
-    model has no tokenizer, before its weights are read.
+    All but the norms have the dtype that is computed with. device, dtype: as `compute.device` and `compute.dtype`.
+    base: as for `open_model`. Raises ConfigError where the model has no tokenizer, before its weights are read.
     """
     opened = open_model(name, base)
     if opened.tokenizer is None:
         raise ConfigError(f"{name}: has no tokenizer, without which a prompt can't be read; put a tokenizer.json there")
     place = choose_device(device)
-    model = build_empty_model(opened.config, place)
+    kept = choose_dtype(ComputeConfig.model_validate({"dtype": dtype}), place)
+    model = build_empty_model(opened.config, place, lambda empty: _narrow(empty, kept))
     fill_model(model, opened.weights)
-    with autocast(place, choose_dtype(ComputeConfig.model_validate({"dtype": dtype}), place)):
+    with autocast(place, kept):
         yield opened, model
+
+
+def _narrow(model: CausalLM, dtype: torch.dtype) -> None:
+    """Keep the matrices in `dtype`."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.to(dtype)
 
 
 def import_model(

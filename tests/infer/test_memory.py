@@ -16,7 +16,7 @@ CONFIG = ModelConfig(preset="tiny-gqa", max_position_embeddings=100)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_takes_what_the_engine_holds_for_it(dtype):
     engine = Engine(build_model(CONFIG).to(dtype), 160)
-    held = sum(each.nbytes for each in (engine._cache._keys, engine._cache._values))
+    held = sum(layer.nbytes for layer in engine._cache._blocks)
     assert held == 160 * bytes_per_token(CONFIG, dtype)
 
 

@@ -131,7 +131,8 @@ async def run_load(
     extra: fields that every request carries beside its own. Raises UserError where the server isn't there.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
+    # As of so many people, each with a connection; some servers close those that they have answered at any moment.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits) as client:
         name = model or await find_model(client)
         free = asyncio.Semaphore(clients or len(asked) or 1)

@@ -38,9 +38,10 @@ class Proxy:
     def __init__(self, process: Process, max_open: int) -> None:
         """max_open: requests at the same time; more are refused."""
         self._process, self._max_open = process, max_open
-        self._client = httpx.AsyncClient(
-            base_url=process.url, timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=None)
-        )
+        # A connection for each request: llama.cpp's server closes used ones while they are being used again.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        timeout = httpx.Timeout(None, connect=10)
+        self._client = httpx.AsyncClient(base_url=process.url, timeout=timeout, limits=limits)
         self._open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()

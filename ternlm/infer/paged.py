@@ -8,7 +8,7 @@ G = N / K, H head dim, P = K * R, Q = G * T.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from ternlm.config.model import ModelConfig
 from ternlm.infer.pages import BLOCK
+
+_MOST_TAKEN = 2**26
+"""Bytes of keys and values that are copied out of the memory at a time, unless a single sequence has more."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class _Singles:
     """Which tokens of the pass, R of them."""
     rows: Tensor
     """Where the sequences are stored: each as many blocks as the longest has, filled up with any."""
-    mask_R1S: Tensor
+    mask: Tensor
+    """0 or -inf: (P, 1, S) for products, (R, 1, 1, S) for the fused kernel."""
 
 
 class PagedCache:
@@ -67,8 +71,14 @@ class PagedCache:
         self._blocks = list(stored)
         self._tokens = [layer.view(-1, self._head_size) for layer in stored]
         self._taken = torch.empty(0, dtype=dtype, device=device)
+        self._highest = -1  # block that was ever written to
         # The fused kernel is slow at few queries a head; but in fewer bits, products would round the scores.
         self._by_products = device.type == "cpu" and dtype == torch.float32
+
+    def clear(self) -> None:
+        """Let all that is stored be zeros: what isn't finite would spoil whoever gets its place next."""
+        for layer in self._blocks:
+            layer[: (self._highest + 1) * 2 * self._num_heads] = 0
 
     def place(self, pieces: Sequence[Piece], num_rows: int = 0) -> Tensor:
         """Say which tokens the next pass goes over; return their positions, (1, T).
@@ -81,6 +91,7 @@ class PagedCache:
         for piece in pieces:
             places = np.arange(piece.start, piece.start + piece.count)
             blocks = np.asarray(piece.blocks, dtype=np.int64)
+            self._highest = max(self._highest, int(blocks.max()))
             positions.append(places)
             slots.append(blocks[places // BLOCK] * (2 * self._num_heads * BLOCK) + places % BLOCK)
             if piece.count == 1:
@@ -88,7 +99,7 @@ class PagedCache:
             else:
                 self._long.append(self._plan_long(piece, blocks, first))
             first += piece.count
-        self._singles = [self._plan_singles(group) for group in _alike(singles)]
+        self._singles = [self._plan_singles(part) for group in _alike(singles) for part in self._parts(group)]
         self._count = first
         head_slots = np.arange(2 * self._num_heads) * BLOCK
         self._slots = torch.from_numpy((np.concatenate(slots)[:, None] + head_slots).ravel()).to(self._device)
@@ -122,8 +133,8 @@ class PagedCache:
     def _attend_singles(self, q_RNH: Tensor, group: _Singles, layer: int) -> Tensor:
         stored = self._take(group.rows, len(q_RNH), layer)
         if self._by_products:
-            return _attend_by_products(q_RNH, stored, group.mask_R1S)
-        return _attend_stored(q_RNH[:, None], stored, group.mask_R1S[:, None])[:, 0]
+            return _attend_by_products(q_RNH, stored, group.mask)
+        return _attend_stored(q_RNH[:, None], stored, group.mask)[:, 0]
 
     def _take(self, rows: Tensor, num: int, layer: int) -> Tensor:
         """Copy sequences' keys and values out of the memory, (2 K, num, S, H); good until the next ones are."""
@@ -146,6 +157,13 @@ class PagedCache:
         )
         return _Long(first, first + piece.count, self._rows(blocks[None, :used]), mask_TS.repeat(self._groups, 1))
 
+    def _parts(self, group: Sequence[tuple[int, Piece]]) -> Iterator[Sequence[tuple[int, Piece]]]:
+        """Cut a group so that what is taken out of the memory for a part of it stays small."""
+        longest = max(piece.start for _, piece in group) // BLOCK + 1
+        size = 2 * self._num_heads * longest * BLOCK * self._head_size * self._dtype.itemsize
+        num = max(_MOST_TAKEN // size, 1)
+        return (group[first : first + num] for first in range(0, len(group), num))
+
     def _plan_singles(self, group: Sequence[tuple[int, Piece]]) -> _Singles:
         longest = max(piece.start for _, piece in group) // BLOCK + 1
         blocks_RM = np.zeros((len(group), longest), np.int64)
@@ -158,7 +176,8 @@ class PagedCache:
         tokens = [token for token, _ in group]
         follow = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
         where = slice(tokens[0], tokens[-1] + 1) if follow else torch.tensor(tokens, device=self._device)
-        return _Singles(where, self._rows(blocks_RM), mask_R1S.to(self._device))
+        mask = mask_R1S.repeat(self._num_heads, 1, 1) if self._by_products else mask_R1S[:, None]
+        return _Singles(where, self._rows(blocks_RM), mask.to(self._device))
 
     def _rows(self, blocks_RM: np.ndarray) -> Tensor:
         """Return which rows of the memory hold blocks, for one head after another."""
@@ -202,12 +221,12 @@ def _attend_stored(q_BTNH: Tensor, stored_2KBSH: Tensor, mask: Tensor | None) ->
     return out_BKQH.unflatten(2, (N // K, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _attend_by_products(q_RNH: Tensor, stored_2KRSH: Tensor, mask_R1S: Tensor) -> Tensor:
+def _attend_by_products(q_RNH: Tensor, stored_2KRSH: Tensor, mask_P1S: Tensor) -> Tensor:
     """Attend with one token of each sequence, by two products over all of them."""
     R, N, H = q_RNH.shape
     K, S = len(stored_2KRSH) // 2, stored_2KRSH.shape[2]
-    q_PGH = (q_RNH * H**-0.5).view(R, K, -1, H).transpose(0, 1).reshape(K * R, -1, H)
+    q_PGH = q_RNH.view(R, K, -1, H).transpose(0, 1).reshape(K * R, -1, H)
     k_PSH, v_PSH = stored_2KRSH.view(2, K * R, S, H).unbind()
-    scores_KRGS = torch.bmm(q_PGH, k_PSH.transpose(1, 2)).view(K, R, -1, S).add_(mask_R1S)
-    out_PGH = torch.bmm(scores_KRGS.softmax(-1).view(K * R, -1, S), v_PSH)
+    scores_PGS = torch.baddbmm(mask_P1S, q_PGH, k_PSH.transpose(1, 2), alpha=H**-0.5)
+    out_PGH = torch.bmm(scores_PGS.softmax(-1), v_PSH)
     return out_PGH.view(K, R, -1, H).transpose(0, 1).reshape(R, N, H)

@@ -56,29 +56,39 @@ class Home:
 
     def __init__(self) -> None:
         self._told: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._ended = False
         threading.Thread(target=self._run, name="engine", daemon=True).start()
 
     def start(self, do: Callable[[], R]) -> "Future[R]":
-        """Let it do something once it has done all else."""
+        """Let it do something once it has done all else; raises RuntimeError after `end`."""
+        if self._ended:
+            raise RuntimeError("this thread has ended; make another one")
         future: Future[R] = Future()
         self._told.put((do, future))
         return future
 
     def do(self, do: Callable[[], R]) -> R:
-        """Let it do something; return or raise what that does."""
+        """Let it do something; return or raise what that does, once all else has been done."""
         return self.start(do).result()
 
     def end(self) -> None:
         """Let it end once it has done what it was told."""
+        self._ended = True
         self._told.put(None)
 
     def _run(self) -> None:
         while (told := self._told.get()) is not None:
-            do, future = told
-            try:
-                future.set_result(do())
-            except BaseException as error:  # whoever waits is to have it, whatever it is
-                future.set_exception(error)
+            _do(*told)
+            del told  # what was done may hold a model
+
+
+def _do(do: Callable[[], Any], future: "Future[Any]") -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(do())
+    except BaseException as error:  # whoever waits is to have it, whatever it is
+        future.set_exception(error)
 
 
 class EngineThread:
@@ -94,8 +104,8 @@ class EngineThread:
     ) -> None:
         """Begin.
 
-        max_waiting: requests beyond those that run; more are refused. home: the thread that the model was loaded in;
-        it is free again after `close`.
+        max_waiting: requests beyond those that run; more are refused. home: the thread that the model was loaded in,
+        and autocast entered; it does nothing else until `close`, then it is free again. If none is given, a new one.
         """
         self.engine, self.max_waiting, self._deliver = engine, max_waiting, deliver
         self._said: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -123,7 +133,7 @@ class EngineThread:
             prompt, params, generator=generator, constraint=constraint, wants_prompt=wants_prompt
         )
         with self._lock:
-            if self._closing:
+            if self._closing or not self.is_alive:
                 raise Closed("the server is shutting down; send the request to another, or later")
             room = self.engine.scheduler.max_running + self.max_waiting
             if len(self._open) >= room:
@@ -191,6 +201,13 @@ class EngineThread:
         wait([self._ran])
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            logger.exception("the engine's thread has ended; no request is served any more")
+            raise
+
+    def _serve(self) -> None:
         while True:
             self._listen()
             if self._closing and not self.engine.is_busy and self._said.empty():

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import uvicorn
@@ -32,12 +33,26 @@ def run(
 
     announce: called with the URL once requests are served. A second signal ends what runs at once.
     """
-    asyncio.run(_run(app, backend, gate, bound, grace, announce))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_run(app, backend, gate, bound, grace, announce))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the faster event loop, which isn't there on every system."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _run(
     app: Any, backend: Ends, gate: Gate, bound: socket.socket, grace: float, announce: Callable[[str], None]
 ) -> None:
+    url, loop = url_of(bound), asyncio.get_running_loop()
+    told, again = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: (again if told.is_set() else told).set())
     settings = uvicorn.Config(
         app,
         log_config=None,
@@ -47,15 +62,12 @@ async def _run(
         lifespan="off",
         timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
     )
-    server = uvicorn.Server(settings)
+    server = _Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
-    while not server.started and not serving.done():
+    while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
-    told, again = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):  # instead of uvicorn's, which would close the port at once
-        loop.add_signal_handler(number, lambda: (again if told.is_set() else told).set())
-    announce(url_of(bound))
+    if server.started and not told.is_set():
+        announce(url)
     await _first({serving, asyncio.create_task(told.wait())})
     gate.is_open = False
     logger.info("ending: new requests are refused, what runs has %g s", grace)
@@ -66,6 +78,14 @@ async def _run(
     await closing
     server.should_exit = True
     await serving
+
+
+class _Server(uvicorn.Server):
+    """One that leaves signals to whoever runs it: its own handlers would close the port at once."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _first(tasks: set[asyncio.Task[Any]]) -> None:

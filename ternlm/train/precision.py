@@ -26,9 +26,9 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{torch.cuda.current_device() if local_rank is None else local_rank}"
     try:
+        if name == "cuda":
+            name = f"cuda:{torch.cuda.current_device() if local_rank is None else local_rank}"
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as reason:

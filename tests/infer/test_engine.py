@@ -223,6 +223,33 @@ def test_a_step_that_fails_lets_go_of_all_and_leaves_the_engine_usable():
     assert again.output == alone(model, prompt, greedy(10))
 
 
+def test_what_was_not_finite_does_not_spoil_who_gets_its_place():
+    model, prompts = random_model(LONG), random_prompts([40, 20, 33])
+    engine = Engine(model, 4096)
+    with torch.no_grad():
+        kept = model.model.embed_tokens.weight.clone()
+        model.model.embed_tokens.weight.fill_(float("nan"))
+    engine.add(prompts[0], greedy(4))
+    with pytest.raises(UserError, match="not finite"):
+        engine.step()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(kept)
+    for prompt in prompts:
+        again = engine.add(prompt, greedy(10))
+        run(engine)
+        assert again.output == alone(model, prompt, greedy(10))
+
+
+def test_what_is_taken_out_of_the_memory_for_many_texts_stays_small(monkeypatch):
+    model, prompts = random_model(LONG), random_prompts([70, 12, 65, 80, 66])
+    monkeypatch.setattr("ternlm.infer.paged._MOST_TAKEN", 2**14)
+    engine = Engine(model, 4096)
+    requests = [engine.add(prompt, greedy(10)) for prompt in prompts]
+    run(engine)
+    assert [request.output for request in requests] == [alone(model, prompt, greedy(10)) for prompt in prompts]
+    assert engine._cache._taken.nbytes < 2**16
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "told"),
     [

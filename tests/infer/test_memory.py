@@ -6,7 +6,7 @@ import torch
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
 from ternlm.infer.engine import Engine
-from ternlm.infer.memory import bytes_per_token, choose_num_tokens
+from ternlm.infer.memory import bytes_per_token, check_num_tokens, choose_num_tokens
 from ternlm.model.decoder import build_model
 from ternlm.monitor.memory import free_memory
 
@@ -38,3 +38,10 @@ def test_the_longest_text_is_the_models_or_the_memorys():
     model = build_model(CONFIG)
     assert Engine(model, 1600).longest == 100
     assert Engine(model, 64).longest == 64
+
+
+def test_room_for_more_than_the_memory_holds_is_refused():
+    each = bytes_per_token(CONFIG, torch.float32)
+    assert check_num_tokens(CONFIG, torch.float32, 1000, 1000 * each) == 1000
+    with pytest.raises(ConfigError, match=r"1,001 tokens take .* keep room for at most 1,000"):
+        check_num_tokens(CONFIG, torch.float32, 1001, 1000 * each)

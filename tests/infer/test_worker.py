@@ -10,7 +10,7 @@ from tiny import CONFIGS, random_model, random_prompts
 
 from ternlm.config.section import ConfigError
 from ternlm.infer.engine import Engine, generate
-from ternlm.infer.worker import Closed, EngineThread, Overloaded
+from ternlm.infer.worker import Closed, EngineThread, Home, Overloaded
 
 LONG = CONFIGS["biases"].model_copy(update={"max_position_embeddings": 512})
 
@@ -168,3 +168,52 @@ def test_a_text_that_ends_at_once_has_its_prompt_counted(thread, inbox):
     inbox.wait(worker.submit(prompt, greedy(1)))
     load = worker.load()
     assert (load.prompt_tokens, load.cached_tokens, load.output_tokens) == (60, 16, 1)
+
+
+def test_what_a_thread_was_told_is_done_there_in_order_and_its_errors_come_back():
+    home, done = Home(), []
+    first = home.start(lambda: (time.sleep(0.05), done.append(threading.current_thread().name)))
+    waiting = home.start(lambda: done.append("never"))
+    assert waiting.cancel()
+    assert home.do(lambda: len(done)) == 1
+    assert first.done()
+    assert done == ["engine"]
+    with pytest.raises(ZeroDivisionError):
+        home.do(lambda: 1 // 0)
+    home.end()
+    with pytest.raises(RuntimeError, match="has ended"):
+        home.do(lambda: None)
+
+
+def test_a_thread_serves_what_was_made_in_it_and_is_free_again(inbox):
+    home = Home()
+
+    def make():
+        home.autocast = torch.autocast("cpu", torch.bfloat16)
+        home.autocast.__enter__()
+        return Engine(random_model(LONG), 4096)
+
+    thread = EngineThread(home.do(make), inbox, home=home)
+    request = thread.submit([1, 2, 3], greedy(5))
+    assert inbox.wait(request)[1] == "length"
+    assert thread.engine._cache._dtype == torch.bfloat16
+    thread.close()
+    assert not thread.is_alive
+    home.do(lambda: home.autocast.__exit__(None, None, None))
+    home.end()
+
+
+def test_a_thread_that_has_died_says_why_and_takes_nothing(caplog):
+    def refuse(events):
+        raise ValueError("nobody listens")
+
+    thread = EngineThread(Engine(random_model(LONG), 4096), refuse)
+    thread.submit([1], greedy(3))
+    end = time.monotonic() + 20
+    while thread.is_alive:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert "nobody listens" in caplog.text
+    with pytest.raises(Closed):
+        thread.submit([1], greedy(3))
+    thread.close()

@@ -88,14 +88,17 @@ def _vllm(dtype: str, *more: str) -> Callable[[Models, int], list[str]]:
 
 
 _HF_BODY = {"generation_config": json.dumps({"do_sample": False, "eos_token_id": -1})}
-# 1 GiB: room for 23,000 tokens in float32. The OpenMP library is the one that vLLM's documentation asks for.
-_VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "LD_PRELOAD": "{environment}/lib/libiomp5.so"}
+_VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+"""1 GiB: room for 23,000 tokens in float32."""
+_VLLM_OMP = {**_VLLM, "LD_PRELOAD": "{environment}/lib/libiomp5.so"}
+"""With the OpenMP library that vLLM's documentation asks for."""
 
 SERVERS = {
     "ternlm": Server("tern serve, float32", None, _ternlm("float32")),
     "hf": Server("transformers serve, continuous batching, float32", "serving", _transformers("float32"), body=_HF_BODY,
                  names_models=False),
     "vllm": Server("vLLM, compiled, float32", "vllm", _vllm("float32"), _VLLM),
+    "vllm-omp": Server("vLLM, compiled, Intel's OpenMP, float32", "vllm", _vllm("float32"), _VLLM_OMP),
     "vllm-eager": Server("vLLM, eager, float32", "vllm", _vllm("float32", "--enforce-eager"), _VLLM),
     "llamacpp-f32": Server("llama.cpp's server, float32", None, _llamacpp("float32")),
     "llamacpp-f32-slots": Server(
@@ -123,9 +126,9 @@ class Load:
 
 LOADS = {
     "1": Load("1 client", 1, 3),
-    "8": Load("8 clients", 8, 24),
-    "32": Load("32 clients", 32, 64),
-    "shared": Load("8 clients, prompts that begin with the same 500 words", 8, 24, shared_words=500),
+    "8": Load("8 clients", 8, 16),
+    "32": Load("32 clients", 32, 48),
+    "shared": Load("8 clients, prompts that begin with the same 500 words", 8, 16, shared_words=500),
 }
 PROMPT_WORDS, OUTPUT_TOKENS = (100, 200), (64, 128)
 

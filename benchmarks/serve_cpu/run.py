@@ -139,7 +139,8 @@ def running(
         port = bound.getsockname()[1]
     own = server.environment is None
     environment = environment_of(name, args.threads, folder, with_ternlm=own)
-    environment |= {key: value.format(environment=home) for key, value in server.variables.items()}
+    cores = f"0-{args.threads - 1}"
+    environment |= {key: value.format(environment=home, cores=cores) for key, value in server.variables.items()}
     command = [str(home / "bin" / "python"), *server.arguments(models, port)]
     url, start = f"http://127.0.0.1:{port}", time.monotonic()
     with log_file.open("wb") as said:

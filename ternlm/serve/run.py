@@ -33,17 +33,7 @@ def run(
 
     announce: called with the URL once requests are served. A second signal ends what runs at once.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_run(app, backend, gate, bound, grace, announce))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes the faster event loop, which isn't there on every system."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+    asyncio.run(_run(app, backend, gate, bound, grace, announce))
 
 
 async def _run(

@@ -2,7 +2,7 @@
 
 Only that thread touches the engine. What others say waits in a queue until the step that runs has ended. It had better
 be the thread that the model was loaded in: each thread that has computed on a CPU keeps helpers of its own, and where
-there are more of these than cores, every parallel loop waits by sleeping (measured: 1.5 times the time of a step; docs/log.md).
+there are more of these than cores, every parallel loop waits by sleeping: 1.5 times a step (docs/log.md).
 """
 
 import logging

@@ -11,8 +11,6 @@ TOKENS = 16384
 TEXTS = 32
 """That each continues at the same time at most."""
 LENGTH = 2048
-SLOT = 1280
-"""Tokens of the longest text, where each has memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,10 @@ def _ternlm_llamacpp(models: Models, port: int) -> list[str]:
     return ["-m", "ternlm", "serve", str(models.gguf["float16"]), "--engine", "llamacpp", "--port", str(port), *room]
 
 
-def _llamacpp(dtype: str, unified: bool = True) -> Callable[[Models, int], list[str]]:
+def _llamacpp(dtype: str) -> Callable[[Models, int], list[str]]:
     def arguments(models: Models, port: int) -> list[str]:
-        tokens = TOKENS if unified else TEXTS * SLOT
-        settings = {
-            "model": str(models.gguf[dtype]),
-            "port": port,
-            "texts": TEXTS,
-            "tokens": tokens,
-            "unified": unified,
-        }
+        model = str(models.gguf[dtype])
+        settings = {"model": model, "name": "smollm2", "port": port, "texts": TEXTS, "tokens": TOKENS}
         return [str(Path(__file__).parent / "llamacpp_server.py"), json.dumps(settings)]
 
     return arguments
@@ -101,9 +93,6 @@ SERVERS = {
     "vllm-omp": Server("vLLM, compiled, Intel's OpenMP, float32", "vllm", _vllm("float32"), _VLLM_OMP),
     "vllm-eager": Server("vLLM, eager, float32", "vllm", _vllm("float32", "--enforce-eager"), _VLLM),
     "llamacpp-f32": Server("llama.cpp's server, float32", None, _llamacpp("float32")),
-    "llamacpp-f32-slots": Server(
-        "llama.cpp's server, a memory for each text, float32", None, _llamacpp("float32", unified=False)
-    ),
     "llamacpp-f16": Server("llama.cpp's server, float16", None, _llamacpp("float16")),
     "ternlm-llamacpp": Server("tern serve --engine llamacpp, float16", None, _ternlm_llamacpp),
     "ternlm-bf16": Server("tern serve, bfloat16", None, _ternlm("bfloat16")),

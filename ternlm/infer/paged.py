@@ -101,6 +101,9 @@ class PagedCache:
             first += piece.count
         self._singles = [self._plan_singles(part) for group in _alike(singles) for part in self._parts(group)]
         self._count = first
+        # One group of single tokens and nothing else, as while texts are continued.
+        alone = not self._long and len(self._singles) == 1 and isinstance(self._singles[0].tokens, slice)
+        self._is_plain = alone and num_rows <= first
         head_slots = np.arange(2 * self._num_heads) * BLOCK
         self._slots = torch.from_numpy((np.concatenate(slots)[:, None] + head_slots).ravel()).to(self._device)
         positions.append(np.zeros(max(num_rows - first, 0), np.int64))
@@ -110,7 +113,7 @@ class PagedCache:
         """Store the new keys and values where `place` put them; attend each piece to its sequence so far."""
         new = torch.cat((k_BTKH[0, : self._count], v_BTKH[0, : self._count]), dim=1)
         self._tokens[layer].index_copy_(0, self._slots, new.flatten(0, 1))
-        if self._is_plain(q_BTNH.shape[1]):
+        if self._is_plain:
             return self._attend_singles(q_BTNH[0], self._singles[0], layer)[None]
         out_BTNH = torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
         out_BTNH[:, self._count :] = 0
@@ -124,11 +127,6 @@ class PagedCache:
         for group in self._singles:
             out_BTNH[0, group.tokens] = self._attend_singles(q_BTNH[0, group.tokens], group, layer)
         return out_BTNH
-
-    def _is_plain(self, num_rows: int) -> bool:
-        """Whether the pass goes over one group of single tokens and nothing else."""
-        alone = not self._long and len(self._singles) == 1 and isinstance(self._singles[0].tokens, slice)
-        return alone and self._count == num_rows
 
     def _attend_singles(self, q_RNH: Tensor, group: _Singles, layer: int) -> Tensor:
         stored = self._take(group.rows, len(q_RNH), layer)

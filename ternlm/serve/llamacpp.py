@@ -15,6 +15,7 @@ def main(settings: dict[str, Any]) -> None:
     """Serve a GGUF file at a port of this machine."""
     import xllamacpp
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     params = xllamacpp.CommonParams()
     params.model.path = settings["model"]
     params.model_alias = {settings["name"]}
@@ -30,5 +31,4 @@ def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     main(json.loads(sys.argv[1]))

@@ -4,11 +4,12 @@ import asyncio
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi")
+from bench_modules import modules_of
 from served import write_tiny
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "serve_cpu"
@@ -18,13 +19,8 @@ MODULES = ("servers", "report", "run")
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The benchmark's modules, which are siblings on the script's own path."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    path = list(sys.path)
-    modules: dict[str, ModuleType] = {name: __import__(name) for name in MODULES}
-    yield SimpleNamespace(**modules)
-    sys.path[:] = path
-    for name in MODULES:
-        del sys.modules[name]
+    with modules_of(FOLDER, MODULES, monkeypatch) as modules:
+        yield modules
 
 
 def arguments(**changed: object) -> SimpleNamespace:

@@ -1,13 +1,13 @@
 """benchmarks/sft_cpu: the data that each library is given, the report, and how real tokens are counted."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bench_modules import modules_of
 
 from ternlm.data.pack import pack
 from ternlm.data.source import Window
@@ -23,13 +23,8 @@ TEMPLATE = (
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The benchmark's modules, which are siblings on the script's own path."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    path = list(sys.path)
-    modules: dict[str, ModuleType] = {name: __import__(name) for name in MODULES}
-    yield SimpleNamespace(**modules)
-    sys.path[:] = path
-    for name in MODULES:
-        del sys.modules[name]
+    with modules_of(FOLDER, MODULES, monkeypatch) as modules:
+        yield modules
 
 
 def result_of(bench: SimpleNamespace, speeds: dict[str, list[float]], digests: dict[str, str]) -> dict:

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bench_modules import modules_of
 
 from ternlm.config.model import ModelConfig
 from ternlm.planner.flops import training_flops_per_token
@@ -24,13 +25,8 @@ TINY = (
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The benchmark's modules, which are siblings on the script's own path."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    path = list(sys.path)
-    modules: dict[str, ModuleType] = {name: __import__(name) for name in MODULES}
-    yield SimpleNamespace(**modules)
-    sys.path[:] = path
-    for name in MODULES:
-        del sys.modules[name]
+    with modules_of(FOLDER, MODULES, monkeypatch) as modules:
+        yield modules
 
 
 def result_of(bench: SimpleNamespace, tokens_per_s: dict[str, list[float]], memory: dict[str, int]) -> dict:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
 from ternlm.infer.fast import compute_dtype, is_fast, shared
-from ternlm.infer.paged import PagedCache, Piece
+from ternlm.infer.native import make_cache
+from ternlm.infer.paged import Piece
 from ternlm.infer.pages import BLOCK, BlockPool
 from ternlm.infer.params import SamplingParams
 from ternlm.infer.request import Constraint, Event, Finish, Request
@@ -43,7 +44,7 @@ class Engine:
         self._model = shared(model)
         self._dynamic = model.config.rope_scaling.kind == "dynamic"
         self.pool = BlockPool(num_blocks)
-        self._cache = PagedCache(model.config, num_blocks, compute_dtype(model), self.device)
+        self._cache = make_cache(model.config, num_blocks, compute_dtype(model), self.device)
         self.scheduler = Scheduler(self.pool, max_running, max_step_tokens)
 
     @property

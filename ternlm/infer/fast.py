@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ternlm.model.decoder import Block, CausalLM, Head, RMSNorm
 from ternlm.model.linear import Linear
 from ternlm.model.rope import rotate
-from ternlm.ops import onednn
+from ternlm.ops import native, onednn
 from ternlm.ops.attention import Attend
 
 
@@ -44,47 +44,47 @@ class FastBlock(nn.Module):
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         own: Callable[[Linear], Any] = _Packed.of if packed else _itself
+        inner = (mlp.gate_proj, mlp.up_proj)
         heads = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.layer, self.head_size = attention.layer, attention.head_size
         self._sizes = [each.out_features // attention.head_size for each in heads]
         self._qkv: Sequence[Any] = (_Packed.of(*heads),) if packed else heads
-        self._o, self._gate, self._up, self._down = map(
-            own, (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        )
+        self._gate_up: Sequence[Any] = (_Packed.of(*inner),) if packed else inner
+        self._o, self._down = own(attention.o_proj), own(mlp.down_proj)
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.input_layernorm, self.post_attention_layernorm = block.input_layernorm, block.post_attention_layernorm
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x_BTD = self._attention(x_BTD, cos, sin, attend)
-        normed = _normed(self.post_attention_layernorm, x_BTD)
-        gate = onednn.product(normed, self._gate.weight, None, "swish")
-        inner = onednn.product_with(normed, self._up.weight, None, "mul", gate)
-        return onednn.product_with(inner, self._down.weight, None, "add", x_BTD)
+        attended = self._attention(_normed(self.input_layernorm, x_BTD), cos, sin, attend)
+        normed = _normed(self.post_attention_layernorm, x_BTD, attended)  # which is their sum from here on
+        parts = _products(normed, self._gate_up)
+        gate, up = parts[0].chunk(2, -1) if len(parts) == 1 else parts
+        out = onednn.product(_gated(gate, up), self._down.weight, None)
+        return out.add_(attended)
 
-    def _attention(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        normed = _normed(self.input_layernorm, x_BTD)
-        parts = [onednn.product(normed, each.weight, each.bias) for each in self._qkv]
+    def _attention(self, normed: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        parts = _products(normed, self._qkv)
         heads = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(-1, (-1, self.head_size))
         num_q, num_k, num_v = self._sizes
         if isinstance(self.q_norm, nn.Identity):
-            turned = rotate(heads[:, :, : num_q + num_k], cos, sin)  # both at once
+            turned = _rotated(heads[:, :, : num_q + num_k], cos, sin)  # both at once
             q_BTNH, k_BTKH = turned.split((num_q, num_k), dim=2)
         else:
             q_BTNH, k_BTKH, _ = heads.split((num_q, num_k, num_v), dim=2)
             q_BTNH, k_BTKH = (rotate(x, cos, sin) for x in (self.q_norm(q_BTNH), self.k_norm(k_BTKH)))
         out_BTNH = attend(q_BTNH, k_BTKH, heads[:, :, num_q + num_k :], self.layer)
-        return onednn.product_with(out_BTNH.flatten(-2), self._o.weight, self._o.bias, "add", x_BTD)
+        return onednn.product(out_BTNH.flatten(-2), self._o.weight, self._o.bias)
 
 
 class FastHead(nn.Module):
-    """The output projection by oneDNN, on the head's own weight: with this many outputs packing gains nothing."""
+    """The output projection by oneDNN, on the head's own weight or, packed, on a copy where that is the embedding's."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, packed: bool) -> None:
         super().__init__()
-        self._head = head
+        self._map: Any = _Packed(onednn.pack(head.weight.detach()), None) if packed else head
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return onednn.product(hidden_TD, self._head.weight, None)
+        return onednn.product(hidden_TD, self._map.weight, None)
 
 
 def shared(model: CausalLM) -> CausalLM:
@@ -140,7 +140,7 @@ def _speed_up(model: CausalLM, packed: bool) -> CausalLM:
     for index, block in enumerate(layers):
         layers[index] = FastBlock(block, packed)  # one after another: each frees what it replaces
     changed: Any = model
-    changed.lm_head = FastHead(model.lm_head)
+    changed.lm_head = FastHead(model.lm_head, packed)
     return model
 
 
@@ -151,9 +151,31 @@ def compute_dtype(model: CausalLM) -> torch.dtype:
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
-def _normed(norm: RMSNorm, x: Tensor) -> Tensor:
-    """Return what the norm returns, by one call."""
-    return F.rms_norm(x.float(), norm.weight.shape, norm.weight, norm.eps).to(x.dtype)
+def _products(x: Tensor, maps: Sequence[Any]) -> list[Tensor]:
+    return [onednn.product(x, each.weight, each.bias) for each in maps]
+
+
+def _normed(norm: RMSNorm, x: Tensor, more: Tensor | None = None) -> Tensor:
+    """Return what the norm returns for x, or for the sum of both, which `more` is then."""
+    weight = norm.weight
+    if weight.dtype == torch.float32 and weight.numel() % native.LANES == 0 and native.is_available(x.device, x.dtype):
+        return native.rms_norm(x.contiguous(), weight, norm.eps, more)
+    x = x if more is None else more.add_(x)
+    return F.rms_norm(x.float(), weight.shape, weight, norm.eps).to(x.dtype)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.shape[-1] % native.LANES == 0 and native.is_available(gate.device, gate.dtype):
+        return native.silu_mul(gate, up)
+    return F.silu(gate) * up
+
+
+def _rotated(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return what `rotate` returns, for heads that nobody needs any more as they are."""
+    if cos.numel() == x_BTNH[:, :, 0].numel() and native.is_available(x_BTNH.device, x_BTNH.dtype):
+        native.rotate_(x_BTNH, cos, sin)
+        return x_BTNH
+    return rotate(x_BTNH, cos, sin)
 
 
 def _itself(linear: Linear) -> Linear:

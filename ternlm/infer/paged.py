@@ -58,13 +58,14 @@ class _Singles:
 class PagedCache:
     """Keys and values of all layers. Before each forward pass call `place`, then hand `attend` to the model.
 
-    A row of the memory holds a block of one head, (BLOCK, H); a block's rows are the keys' heads, then the values'.
-    So a head's sequence, taken block by block, lies as matrix products read it.
+    A row of the memory holds a block of one head, (BLOCK, H); a block's rows are the first head's keys, its values, the
+    second head's keys and so on. So a head's sequence, taken block by block, lies as matrix products read it.
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self._num_heads, self._head_size = config.kv_heads, config.head_size
         self._groups = config.num_attention_heads // config.kv_heads
+        self._heads = np.arange(2 * self._num_heads).reshape(-1, 2).T.ravel()  # rows of all keys, then of all values
         self._device, self._dtype = device, dtype
         num_rows, size = 2 * self._num_heads * num_blocks, BLOCK * self._head_size
         stored = _zeros((config.num_hidden_layers, num_rows, size), dtype, device)
@@ -104,7 +105,7 @@ class PagedCache:
         # One group of single tokens and nothing else, as while texts are continued.
         alone = not self._long and len(self._singles) == 1 and isinstance(self._singles[0].tokens, slice)
         self._is_plain = alone and num_rows <= first
-        head_slots = np.arange(2 * self._num_heads) * BLOCK
+        head_slots = self._heads * BLOCK
         self._slots = torch.from_numpy((np.concatenate(slots)[:, None] + head_slots).ravel()).to(self._device)
         positions.append(np.zeros(max(num_rows - first, 0), np.int64))
         return torch.from_numpy(np.concatenate(positions)).to(self._device)[None]
@@ -179,7 +180,7 @@ class PagedCache:
 
     def _rows(self, blocks_RM: np.ndarray) -> Tensor:
         """Return which rows of the memory hold blocks, for one head after another."""
-        heads_K11 = np.arange(2 * self._num_heads)[:, None, None]
+        heads_K11 = self._heads[:, None, None]
         return torch.from_numpy((heads_K11 + blocks_RM * len(heads_K11)).ravel()).to(self._device)
 
 

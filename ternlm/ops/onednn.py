@@ -1,4 +1,4 @@
-"""Matrix products on a CPU by oneDNN, with what follows them done in the same pass.
+"""Matrix products on a CPU by oneDNN.
 
 PyTorch's own `linear` gives float32 to MKL, which reads the weights of few rows at half of the memory's speed, and on
 processors of other makers leaves their widest instructions unused (figures: docs/serving.md). The operators are
@@ -6,8 +6,6 @@ PyTorch's compiler's own, without gradients; where they are missing, `is_availab
 
 Shapes: T rows, D inputs, O outputs.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,16 +29,9 @@ def pack(weight_OD: Tensor) -> Tensor:
     return _ops()._reorder_linear_weight(weight_OD, _ROWS)
 
 
-def product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, then: Literal["none", "swish"] = "none") -> Tensor:
-    """Return `then(x W.T + b)`; the weight is packed or plain."""
-    return _ops()._linear_pointwise(x_TD, weight_OD, bias_O, then, [], "")
-
-
-def product_with(
-    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, how: Literal["add", "mul"], other_TO: Tensor
-) -> Tensor:
-    """Return `x W.T + b`, added to or multiplied by another tensor."""
-    return _ops()._linear_pointwise(x_TD, other_TO, weight_OD, bias_O, how)
+def product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return `x W.T + b`; the weight is packed or plain."""
+    return _ops()._linear_pointwise(x_TD, weight_OD, bias_O, "none", [], "")
 
 
 def round_rows(num: int) -> int:

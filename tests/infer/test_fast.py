@@ -87,7 +87,7 @@ def test_an_engine_reads_the_weights_of_the_model_without_a_copy() -> None:
     assert is_fast(engine._model)
     mine = {weight.data_ptr() for weight in model.parameters()}
     block = engine._model.model.layers[0]
-    assert {each.weight.data_ptr() for each in (*block._qkv, block._o, block._gate, block._up, block._down)} <= mine
+    assert {each.weight.data_ptr() for each in (*block._qkv, block._o, *block._gate_up, block._down)} <= mine
 
 
 def test_packing_frees_the_weights_that_it_replaces() -> None:

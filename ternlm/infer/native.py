@@ -1,0 +1,102 @@
+"""The memory of keys and values where C functions read it: nothing is copied out of it, whatever mix a pass has.
+
+What a token attends to is computed in the same order whatever else is in the pass.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ternlm.config.model import ModelConfig
+from ternlm.infer.paged import PagedCache, Piece
+from ternlm.infer.pages import BLOCK
+from ternlm.ops import native
+
+
+class NativeCache(PagedCache):
+    """A `PagedCache` whose pieces C functions attend, all of a layer at once."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(config, num_blocks, dtype, device)
+        functions = native.library(dtype)
+        assert functions is not None
+        self._functions = functions
+        self._num_q = config.num_attention_heads
+        self._task_tokens = functions.tokens_of_task(self._num_q, self._num_heads)
+        self._chunk = functions.keys_of_chunk()
+        self._scratch = torch.empty(0)
+
+    def place(self, pieces: Sequence[Piece], num_rows: int = 0) -> Tensor:
+        positions: list[np.ndarray] = []
+        blocks: list[np.ndarray] = []
+        about: list[tuple[int, int, int, int]] = []
+        long_tasks: list[tuple[int, int, int, int]] = []
+        tasks: list[tuple[int, int, int, int]] = []
+        first = num_blocks = 0
+        slots: list[np.ndarray] = []
+        for index, piece in enumerate(pieces):
+            end = piece.start + piece.count
+            own, places = np.asarray(piece.blocks, dtype=np.int64), np.arange(piece.start, end)
+            positions.append(places)
+            slots.append(own[places // BLOCK] * BLOCK + places % BLOCK)
+            blocks.append(own)
+            about.append((first, piece.count, piece.start, num_blocks))
+            if piece.count == 1:
+                chunks = -(-end // self._chunk)
+                tasks.extend((index, 0, chunk, chunks) for chunk in range(chunks))
+            else:
+                long_tasks.extend((index, token, 0, 1) for token in range(0, piece.count, self._task_tokens))
+            first += piece.count
+            num_blocks += len(own)
+        self._count = first
+        self._highest = max(self._highest, max(int(own.max()) for own in blocks))
+        self._plan(first, about, long_tasks[::-1] + tasks, np.concatenate(slots), np.concatenate(blocks))
+        positions.append(np.zeros(max(num_rows - first, 0), np.int64))
+        return torch.from_numpy(np.concatenate(positions))[None]
+
+    def _plan(
+        self,
+        num_tokens: int,
+        about: list[tuple[int, int, int, int]],
+        tasks: list[tuple[int, int, int, int]],
+        slots: np.ndarray,
+        blocks: np.ndarray,
+    ) -> None:
+        """Note all that is the same for every layer; the longest tasks come first."""
+        threads = torch.get_num_threads()
+        heads = (self._num_q, self._num_heads, self._head_size)
+        size = self._functions.scratch_size(*heads, threads, len(tasks))
+        if size > len(self._scratch):
+            self._scratch = torch.empty(size * 5 // 4)
+        self._kept = (slots, np.array(about, np.int64), blocks, np.array(tasks, np.int64))  # while pointers are used
+        slots_at, about_at, blocks_at, tasks_at = (array.ctypes.data for array in self._kept)
+        self._pass = native.Pass(
+            *heads, 0, 0, 0, num_tokens, slots_at, about_at, blocks_at, len(tasks), tasks_at,
+            self._scratch.data_ptr(), threads,
+        )  # fmt: skip
+        self._where = ctypes.byref(self._pass)
+
+    def attend(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
+        q_BTNH, k_BTKH, v_BTKH = (self._readable(x) for x in (q_BTNH, k_BTKH, v_BTKH))
+        out_BTNH = torch.empty(q_BTNH.shape, dtype=q_BTNH.dtype)
+        if self._count < q_BTNH.shape[1]:
+            out_BTNH[:, self._count :] = 0
+        now = self._pass
+        now.q_stride, now.k_stride, now.v_stride = q_BTNH.stride(1), k_BTKH.stride(1), v_BTKH.stride(1)
+        places = (x.data_ptr() for x in (q_BTNH, k_BTKH, v_BTKH, self._blocks[layer], out_BTNH))
+        self._functions.attend(self._where, *places)
+        return out_BTNH
+
+    def _readable(self, x: Tensor) -> Tensor:
+        """Return the same numbers with each token's heads behind each other, in the memory's dtype."""
+        good = x.dtype == self._dtype and x.stride()[2:] == (self._head_size, 1)
+        return x if good else x.to(self._dtype).contiguous()
+
+
+def make_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+    """Return the fastest memory that there is for keys and values of this dtype on this device."""
+    suits = config.head_size % native.LANES == 0 and BLOCK == native.BLOCK and native.is_available(device, dtype)
+    return (NativeCache if suits else PagedCache)(config, num_blocks, dtype, device)

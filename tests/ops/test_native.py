@@ -1,0 +1,118 @@
+"""C functions compute what PyTorch's operators do, and what isn't there is done without."""
+
+import logging
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ternlm.model.rope import rotate
+from ternlm.ops import native
+
+CPU = torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SIZES = pytest.mark.parametrize("shape", [(1, 16), (3, 48), (2, 5, 64), (1, 300, 576), (0, 32)], ids=str)
+pytestmark = pytest.mark.skipif(not native.is_available(CPU, torch.float32), reason="no C compiler")
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    """A cache folder that nothing was built in, and no memory of what was."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield tmp_path / "cache" / "ternlm"
+    native.library.cache_clear()
+
+
+def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    """Within 1e-6 in float32; in bfloat16 the exact number rounded once, or the one beside it."""
+    tolerance = 1e-6 if ours.dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(ours.double(), exact.double(), rtol=tolerance, atol=tolerance / 10)
+
+
+@DTYPES
+@SIZES
+def test_norms(shape, dtype):
+    x, more, weight = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1])
+    close(native.rms_norm(x, weight, 1e-6), F.rms_norm(x.double(), (shape[-1],), weight.double(), 1e-6))
+    added = more + x
+    normed = native.rms_norm(x, weight, 1e-6, more)
+    assert torch.equal(more, added)
+    close(normed, F.rms_norm(added.double(), (shape[-1],), weight.double(), 1e-6))
+
+
+@DTYPES
+@SIZES
+def test_gates(shape, dtype):
+    both = torch.randn(*shape[:-1], 2 * shape[-1]).mul(20).to(dtype)
+    gate, up = both.chunk(2, -1)
+    exact = F.silu(gate.double()) * up.double()
+    close(native.silu_mul(gate, up), exact)
+    close(native.silu_mul(gate.contiguous(), up.contiguous()), exact)
+
+
+def test_gates_of_extremes():
+    gate = torch.tensor([-torch.inf, -1e4, -90, -80, -0.0, 0, 1e-30, 80, 90, 1e4, 3e38, torch.inf, torch.nan, 1, 2, 3])
+    found = native.silu_mul(gate[None], torch.ones(1, 16))[0]
+    torch.testing.assert_close(found, F.silu(gate), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@DTYPES
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("size", [12, 64, 80])
+@pytest.mark.parametrize("num", [1, 90])
+def test_rotations(num, heads, size, dtype):
+    angles = torch.rand(1, num, 1, size) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    heads_x = torch.randn(1, num, heads + 2, size).to(dtype)
+    kept = heads_x[:, :, heads:].clone()
+    exact = rotate(heads_x[:, :, :heads].double(), cos.double(), sin.double())
+    native.rotate_(heads_x[:, :, :heads], cos, sin)
+    close(heads_x[:, :, :heads], exact)
+    assert torch.equal(heads_x[:, :, heads:], kept)  # of the same tokens, but not of what was given
+
+
+def test_they_are_built_once(fresh_cache, monkeypatch):
+    assert native.library(torch.float32) is not None
+    (built,) = fresh_cache.iterdir()
+    native.library.cache_clear()
+    monkeypatch.setattr(native.subprocess, "run", lambda *_, **__: pytest.fail("built again"))
+    assert native.library(torch.float32) is not None
+    assert list(fresh_cache.iterdir()) == [built]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "told"), [("no-such-compiler", "no-such-compiler"), ("sh -c 'echo broken >&2; exit 1'", "")]
+)
+def test_without_a_compiler_it_is_said_once_and_done_without(compiler, told, fresh_cache, monkeypatch, caplog):
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.WARNING):
+        assert not native.is_available(CPU, torch.float32)
+        assert not native.is_available(CPU, torch.float32)
+    (record,) = caplog.records
+    assert "texts are continued by slower ones" in record.message
+    assert told in record.message
+    assert not fresh_cache.exists() or not list(fresh_cache.iterdir())  # nothing half-built stays
+
+
+def test_what_is_not_whole_in_the_cache_is_built_anew(fresh_cache):
+    built = native._built(torch.bfloat16)
+    size = built.stat().st_size
+    with built.open("r+b") as file:
+        file.truncate(100)
+    assert native.library(torch.bfloat16) is not None
+    assert built.stat().st_size == size
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_home_that_cannot_be_written_to_is_no_hindrance(fresh_cache, tmp_path):
+    tmp_path.chmod(0o500)
+    assert native.library(torch.float32) is not None
+    tmp_path.chmod(0o700)
+
+
+def test_it_can_be_switched_off(fresh_cache, monkeypatch):
+    monkeypatch.setenv("TERNLM_NATIVE", "0")
+    assert not native.is_available(CPU, torch.float32)
+    assert not fresh_cache.exists()

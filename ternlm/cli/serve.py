@@ -24,7 +24,12 @@ Protocol = Annotated[
     typer.Option(help="How it was trained to chat.", show_default="the model's own"),
 ]
 Tokens = Annotated[
-    int | None, typer.Option(help="Tokens whose keys and values are kept.", min=16, show_default="from the free memory")
+    int | None,
+    typer.Option(
+        help="Tokens whose keys and values are kept, in memory that is taken at the start.",
+        min=16,
+        show_default="from the free memory, taken as it comes to be needed",
+    ),
 ]
 Running = Annotated[int, typer.Option(help="Texts that are continued at the same time.", min=1)]
 Step = Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)]
@@ -137,7 +142,10 @@ def _own_engine(
         from ternlm.infer.engine import Engine
 
         num_tokens = room_for(network, max_running, kv_tokens)
-        return Engine(network, num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
+        engine = Engine(network, num_tokens, max_running=max_running, max_step_tokens=max_step_tokens)
+        if kv_tokens is not None:  # what was asked for is taken at once; else as much of it as comes to be needed
+            engine.reserve()
+        return engine
 
     home, held = Home(), ExitStack()
     try:

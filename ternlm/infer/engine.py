@@ -122,6 +122,10 @@ class Engine:
             request.finish = finish
             self.scheduler.remove(request)
 
+    def reserve(self) -> None:
+        """Take all of the memory now, before there is a request, so that none waits for it or finds it gone."""
+        self._cache.reserve()
+
     def forget(self) -> None:
         """Forget what is stored of texts that have ended: the weights have changed. No request may be running."""
         if self.scheduler.running:

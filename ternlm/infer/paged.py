@@ -76,6 +76,11 @@ class PagedCache:
         # The fused kernel is slow at few queries a head; but in fewer bits, products would round the scores.
         self._by_products = device.type == "cpu" and dtype == torch.float32
 
+    def reserve(self) -> None:
+        """Take all of the memory now instead of piece by piece as it's first written to."""
+        for layer in self._blocks:
+            layer.zero_()
+
     def clear(self) -> None:
         """Let all that is stored be zeros: what isn't finite would spoil whoever gets its place next."""
         for layer in self._blocks:

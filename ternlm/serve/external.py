@@ -61,7 +61,9 @@ class Start:
         """Return the variables that it needs beside those of this process."""
         found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if self.engine == "vllm" and self.on_cpu:
-            found |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+            # Left alone it keeps a core for other things, which is half of two.
+            found |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": _cores()}
+            found |= {name: os.environ[name] for name in found if name in os.environ}
         return found
 
     def _llamacpp(self, port: str) -> list[str]:
@@ -110,6 +112,12 @@ class Start:
 
     def _parser(self) -> str:
         return _PARSERS[self.engine].get(self.protocol or "", "")
+
+
+def _cores() -> str:
+    """Return the processor's cores that this process may use, such as 0,1,2,3."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return ",".join(map(str, sorted(cores)))
 
 
 def check_installed(engine: EngineName, python: str) -> None:

@@ -6,6 +6,7 @@ What stands before every route here, the key, sizes, the number of requests, sta
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request, Response
@@ -73,6 +74,20 @@ class Proxy:
             self._pieces(answer), answer.status_code, headers=kept, background=BackgroundTask(self._close, answer)
         )
 
+    async def model_named(self, name: str) -> dict[str, Any]:
+        """Return what the engine's list of models tells of one: not every engine can be asked for one alone."""
+        try:
+            answer = (await self._client.get("/v1/models")).raise_for_status()
+        except httpx.HTTPError as error:
+            raise ApiError(502, f"the engine doesn't tell its models: {error}", code="engine_dead") from error
+        models: list[dict[str, Any]] = answer.json()["data"]
+        found = next((model for model in models if model.get("id") == name), None)
+        if found is None:
+            known = ", ".join(str(model.get("id")) for model in models)
+            message = f"there is no model {name[:100]!r} here, only {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return found
+
     async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         try:
             async for piece in answer.aiter_raw():
@@ -129,6 +144,10 @@ def make_proxy_app(proxy: Proxy, rules: Rules, gate: Gate) -> FastAPI:
             raise ApiError(503, "the engine has ended; start the server anew", code="engine_dead")
         return json_response({"status": "ok", "running": proxy.num_open})
 
+    async def show_model(name: str) -> Response:
+        return json_response(await proxy.model_named(name))
+
+    app.add_api_route("/v1/models/{name:path}", show_model, methods=["GET"])
     for path, method in ROUTES.items():
         app.add_api_route(path, hand_on, methods=[method])
     app.add_api_route("/health", health, methods=["GET"])

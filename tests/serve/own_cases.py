@@ -21,6 +21,21 @@ def own_a_text_and_its_tokens(client, model):
     assert raw(client, "POST", "/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": "The sea 燕"}
 
 
+def own_a_model_is_told_of(client, model):  # vLLM has a list only
+    assert client.models.retrieve(model).id == model
+
+
+def own_greedy_choices_are_the_same(client, model):  # vLLM refuses them
+    answer = chat(client, model, n=2, temperature=0)
+    assert len({choice.message.content for choice in answer.choices}) == 1
+
+
+def own_the_likeliest_come_first_whatever_was_drawn(client, model):  # vLLM puts the drawn one first
+    for entry in chat(client, model, seed=1, logprobs=True, top_logprobs=4, max_tokens=5).choices[0].logprobs.content:
+        values = [each.logprob for each in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+
+
 def own_a_conversation_has_the_tokens_that_it_is_sent_by(client, model):
     told = raw(client, "POST", "/tokenize", json={"messages": ASK}).json()
     assert told["count"] == chat(client, model, max_tokens=1).usage.prompt_tokens

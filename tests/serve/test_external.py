@@ -49,6 +49,8 @@ def test_llamacpp_serves_a_checkpoint_that_it_converts_itself(tmp_path: Path) ->
         assert client.post(COMPLETE, json={"prompt": "x"}).status_code == 401
         client.headers["Authorization"] = "Bearer secret"
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
+        assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+        assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
         body = {"model": "tiny", "prompt": "The tern", "max_tokens": 8, "temperature": 0}
         whole = client.post(COMPLETE, json=body).json()
         assert whole["usage"]["completion_tokens"] <= 8
@@ -123,7 +125,7 @@ def command(engine: str, **more) -> str:
     return " ".join(Start(engine, Path("/m"), "tern", python="py", max_running=9, **more).command(8123))
 
 
-def test_each_engine_gets_its_own_flags() -> None:
+def test_each_engine_gets_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm = command("vllm", protocol="internlm2", dtype="float32", on_cpu=True, max_length=100, more=("--seed", "3"))
     assert vllm == (
         "py -m vllm.entrypoints.openai.api_server --model /m --served-model-name tern --host 127.0.0.1 --port 8123 "
@@ -138,7 +140,12 @@ def test_each_engine_gets_its_own_flags() -> None:
         "py -m sglang.launch_server --model-path /m --served-model-name tern --host 127.0.0.1 --port 8123 "
         "--dtype auto --max-running-requests 9 --tool-call-parser llama3"
     )
-    assert Start("vllm", Path("/m"), "tern", on_cpu=True).environment()["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    variables = Start("vllm", Path("/m"), "tern", on_cpu=True).environment()
+    assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert {int(core) for core in variables["VLLM_CPU_OMP_THREADS_BIND"].split(",")} == os.sched_getaffinity(0)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")  # the user's own stays
+    assert Start("vllm", Path("/m"), "tern", on_cpu=True).environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in Start("vllm", Path("/m"), "tern").environment()
     with pytest.raises(ConfigError, match="--engine-args --x has no effect on llamacpp"):
         command("llamacpp", more=("--x",))
 

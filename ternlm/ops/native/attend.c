@@ -167,7 +167,7 @@ static void turn(const element *keys, int64_t size, float *out) {
 /* Begin to read `num` numbers that are wanted soon: the processor doesn't foresee which block is next. */
 static void fetch(const element *from, int64_t num) {
     for (const char *at = (const char *)from, *end = (const char *)(from + num); at < end; at += 64)
-        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at, 0, 3);
 }
 
 /* Attend `tokens` tokens' queries of one key/value head, the first at `place` of its sequence, to keys first..last-1. */
@@ -180,29 +180,37 @@ static void attend_tiles(const Pass *pass, const element *memory, const int64_t 
     for (int64_t base = first; base < last; base += TILE) {
         int num_blocks = (int)((last - base + BLOCK - 1) / BLOCK);
         if (num_blocks > BLOCKS) num_blocks = BLOCKS;
-        const element *values[BLOCKS];
+        /* Of the next tile a part is fetched after each part of the work on this one: all at once would hold it up. */
+        const element *values[BLOCKS], *next[BLOCKS];
+        for (int b = 0; b < BLOCKS; b++) {
+            int64_t far = base + TILE + b * BLOCK;
+            next[b] = far < last ? memory + (blocks[far / BLOCK] * heads + head) * 2 * block_size : NULL;
+        }
         for (int b = 0; b < num_blocks; b++) {
             const element *keys = memory + (blocks[base / BLOCK + b] * heads + head) * 2 * block_size;
             values[b] = keys + block_size;
             turn(keys, size, s.keys + b * BLOCK);
+            if (next[b]) fetch(next[b], block_size);
         }
-        for (int64_t next = base + TILE; next < last && next < base + 2 * TILE; next += BLOCK)
-            fetch(memory + (blocks[next / BLOCK] * heads + head) * 2 * block_size, 2 * block_size);
         /* Tokens before the tile see none of it. */
         int64_t skipped = base > place ? (base - place) * groups : 0;
         for (int64_t r = skipped; r < rows; r += ROWS) {
             int some = (int)(rows - r < ROWS ? rows - r : ROWS);
+            if (r == skipped && next[0]) fetch(next[0] + block_size, block_size);
             score_rows(some, s.queries + r * size, size, s.keys, s.scores + r * TILE);
+            if (r == skipped && next[1]) fetch(next[1] + block_size, block_size);
             for (int i = 0; i < some; i++) {
                 int64_t seen = place + (r + i) / groups + 1 - base;
                 soften(s.scores + (r + i) * TILE, seen, s.largest + r + i, s.total + r + i, s.sums + (r + i) * size, size);
             }
+            if (r == skipped && next[2]) fetch(next[2] + block_size, block_size);
             for (int64_t h = 0; h < size; h += 4 * LANES) {
                 const element *at[BLOCKS];
                 for (int b = 0; b < num_blocks; b++) at[b] = values[b] + h;
                 int wide = (int)((size - h) / LANES);
                 weigh_rows(some, wide < 4 ? wide : 4, s.scores + r * TILE, at, num_blocks, size, s.sums + r * size + h);
             }
+            if (r == skipped && next[3]) fetch(next[3] + block_size, block_size);
         }
     }
 }

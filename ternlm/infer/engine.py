@@ -12,8 +12,8 @@ from torch import Tensor
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
 from ternlm.infer.fast import compute_dtype, is_fast, shared
+from ternlm.infer.key_values import Piece
 from ternlm.infer.native import make_cache
-from ternlm.infer.paged import Piece
 from ternlm.infer.pages import BLOCK, BlockPool
 from ternlm.infer.params import SamplingParams
 from ternlm.infer.request import Constraint, Event, Finish, Request
@@ -112,6 +112,33 @@ class Engine:
                 f"{whole} tokens, and there is for {room}; shorten one of them"
             )
 
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Return the continuation of each prompt, without the prompt and without the stop token.
+
+        on_token: `(row, token)`, called for each token of a text as soon as it is known; not for the one that stops it.
+        Equal prompts differ where params draw. Other requests that the engine has go on meanwhile. Raises ConfigError
+        as `add` does, before anything is computed.
+        """
+        for row, prompt in enumerate(prompts):
+            check_prompt(self.config, prompt, params.max_new_tokens, f"prompt {row}")
+            self.check(prompt, params)
+        generators = make_generators(params.seed, prompts)
+        rows = {
+            self.add(prompt, params, generator=generator): row
+            for row, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
+        }
+        while any(request.finish is None for request in rows):
+            for event in self.step():
+                if on_token is not None and event.token is not None and event.request in rows:
+                    on_token(rows[event.request], event.token)
+        return [request.output for request in rows]
+
     def cancel(self, request: Request) -> None:
         """Let go of a request, whose text stays as it is; one that has ended already is left alone."""
         self.finish(request, "cancelled")
@@ -124,7 +151,7 @@ class Engine:
 
     def reserve(self) -> None:
         """Take all of the memory now, before there is a request, so that none waits for it or finds it gone."""
-        self._cache.reserve()
+        self._cache.memory.reserve()
 
     def forget(self) -> None:
         """Forget what is stored of texts that have ended: the weights have changed. No request may be running."""
@@ -227,7 +254,7 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.finish(request, "error")
         self.pool.forget()
-        self._cache.clear()
+        self._cache.memory.clear()
 
 
 def generate(
@@ -238,27 +265,15 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     max_running: int = 64,
 ) -> list[list[int]]:
-    """Return the continuation of each prompt, without the prompt and without the stop token.
-
-    on_token: `(row, token)`, called for each token of a text as soon as it is known; not for the one that stops it.
-    Raises ConfigError as `Engine.add` does, before anything is computed.
-    """
-    for row, prompt in enumerate(prompts):
-        check_prompt(model.config, prompt, params.max_new_tokens, f"prompt {row}")
+    """As `Engine.generate`, by an engine for these prompts alone, with as much memory as they need."""
     needs = sorted((-(-(len(prompt) + params.max_new_tokens) // BLOCK) + 1 for prompt in prompts), reverse=True)
     if not needs:
         return []
-    engine = Engine(model, sum(needs[:max_running]) * BLOCK, max_running=max_running)
-    generators = make_generators(params.seed, prompts)
-    rows = {
-        engine.add(prompt, params, generator=generator): row
-        for row, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
-    }
-    while engine.is_busy:
-        for event in engine.step():
-            if on_token is not None and event.token is not None:
-                on_token(rows[event.request], event.token)
-    return [request.output for request in rows]
+    for row, prompt in enumerate(prompts):
+        check_prompt(model.config, prompt, params.max_new_tokens, f"prompt {row}")
+    return Engine(model, sum(needs[:max_running]) * BLOCK, max_running=max_running).generate(
+        prompts, params, on_token=on_token
+    )
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int, name: str = "the prompt") -> None:

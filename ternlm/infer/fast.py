@@ -172,7 +172,7 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 def _rotated(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return what `rotate` returns, for heads that nobody needs any more as they are."""
-    if cos.numel() == x_BTNH[:, :, 0].numel() and native.is_available(x_BTNH.device, x_BTNH.dtype):
+    if cos.shape[:2] == x_BTNH.shape[:2] and native.is_available(x_BTNH.device, x_BTNH.dtype):
         native.rotate_(x_BTNH, cos, sin)
         return x_BTNH
     return rotate(x_BTNH, cos, sin)

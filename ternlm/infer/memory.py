@@ -8,6 +8,8 @@ from ternlm.infer.pages import BLOCK
 
 _SHARE = {"cuda": 0.8, "cpu": 0.5}
 """Of what is free; the rest is for what forward passes hold, and for others."""
+_MOST = 0.9
+"""Of what is free, where a number is asked for: all of it is taken, and forward passes need some, too."""
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -33,11 +35,11 @@ def choose_num_tokens(config: ModelConfig, dtype: torch.dtype, max_running: int,
 
 def check_num_tokens(config: ModelConfig, dtype: torch.dtype, num_tokens: int, free_bytes: int) -> int:
     """Return a number of tokens to keep room for; raises ConfigError where there isn't the memory for it."""
-    needed = num_tokens * bytes_per_token(config, dtype)
-    if needed > free_bytes:
+    each = bytes_per_token(config, dtype)
+    most = int(free_bytes * _MOST) // each
+    if num_tokens > most:
         raise ConfigError(
-            f"the keys and values of {num_tokens:,} tokens take {needed / 2**30:,.1f} GiB, and "
-            f"{free_bytes / 2**30:,.1f} GiB are free: keep room for at most "
-            f"{free_bytes // bytes_per_token(config, dtype):,}"
+            f"the keys and values of {num_tokens:,} tokens take {num_tokens * each / 2**30:,.1f} GiB, and "
+            f"{free_bytes / 2**30:,.1f} GiB are free: keep room for at most {most:,}"
         )
     return num_tokens

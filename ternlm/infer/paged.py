@@ -1,4 +1,4 @@
-"""Keys and values in blocks, as the `attend` that the model is given: pieces of many sequences in one forward pass.
+"""Attention to keys and values in blocks by PyTorch's operators: pieces of many sequences in one forward pass.
 
 A pass goes over the pieces' tokens behind each other, (1, T): long pieces of prompts, and one token of each sequence
 that is being continued. Single tokens are attended together, long pieces each for itself.
@@ -17,19 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
+from ternlm.infer.key_values import KeyValues, Piece
 from ternlm.infer.pages import BLOCK
 
 _MOST_TAKEN = 2**26
 """Bytes of keys and values that are copied out of the memory at a time, unless a single sequence has more."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New tokens of a sequence, `count` from place `start` on; its blocks have room for them."""
-
-    blocks: Sequence[int]
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -56,48 +48,28 @@ class _Singles:
 
 
 class PagedCache:
-    """Keys and values of all layers. Before each forward pass call `place`, then hand `attend` to the model.
+    """Pieces attended by PyTorch's operators. As `Cache`."""
 
-    A row of the memory holds a block of one head, (BLOCK, H); a block's rows are the first head's keys, its values, the
-    second head's keys and so on. So a head's sequence, taken block by block, lies as matrix products read it.
-    """
-
-    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, memory: KeyValues) -> None:
+        self.memory = memory
         self._num_heads, self._head_size = config.kv_heads, config.head_size
         self._groups = config.num_attention_heads // config.kv_heads
         self._heads = np.arange(2 * self._num_heads).reshape(-1, 2).T.ravel()  # rows of all keys, then of all values
-        self._device, self._dtype = device, dtype
-        num_rows, size = 2 * self._num_heads * num_blocks, BLOCK * self._head_size
-        stored = _zeros((config.num_hidden_layers, num_rows, size), dtype, device)
-        self._blocks = list(stored)
-        self._tokens = [layer.view(-1, self._head_size) for layer in stored]
-        self._taken = torch.empty(0, dtype=dtype, device=device)
-        self._highest = -1  # block that was ever written to
+        self._device, self._dtype = memory.device, memory.dtype
+        self._blocks = memory.layers
+        self._tokens = [layer.view(-1, self._head_size) for layer in memory.layers]
+        self._taken = torch.empty(0, dtype=self._dtype, device=self._device)
         # The fused kernel is slow at few queries a head; but in fewer bits, products would round the scores.
-        self._by_products = device.type == "cpu" and dtype == torch.float32
-
-    def reserve(self) -> None:
-        """Take all of the memory now instead of piece by piece as it's first written to."""
-        for layer in self._blocks:
-            layer.zero_()
-
-    def clear(self) -> None:
-        """Let all that is stored be zeros: what isn't finite would spoil whoever gets its place next."""
-        for layer in self._blocks:
-            layer[: (self._highest + 1) * 2 * self._num_heads] = 0
+        self._by_products = self._device.type == "cpu" and self._dtype == torch.float32
 
     def place(self, pieces: Sequence[Piece], num_rows: int = 0) -> Tensor:
-        """Say which tokens the next pass goes over; return their positions, (1, T).
-
-        num_rows: T, where that is to be more than there are tokens; what becomes of the others means nothing.
-        """
         positions, slots, first = [], [], 0
         self._long: list[_Long] = []
         singles: list[tuple[int, Piece]] = []
         for piece in pieces:
             places = np.arange(piece.start, piece.start + piece.count)
             blocks = np.asarray(piece.blocks, dtype=np.int64)
-            self._highest = max(self._highest, int(blocks.max()))
+            self.memory.note(blocks)
             positions.append(places)
             slots.append(blocks[places // BLOCK] * (2 * self._num_heads * BLOCK) + places % BLOCK)
             if piece.count == 1:
@@ -116,7 +88,6 @@ class PagedCache:
         return torch.from_numpy(np.concatenate(positions)).to(self._device)[None]
 
     def attend(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, layer: int) -> Tensor:
-        """Store the new keys and values where `place` put them; attend each piece to its sequence so far."""
         new = torch.cat((k_BTKH[0, : self._count], v_BTKH[0, : self._count]), dim=1)
         self._tokens[layer].index_copy_(0, self._slots, new.flatten(0, 1))
         if self._is_plain:
@@ -199,14 +170,6 @@ def _alike(singles: Sequence[tuple[int, Piece]]) -> list[list[tuple[int, Piece]]
             limit = max(2 * each[1].start, 16 * BLOCK)
         groups[-1].append(each)
     return [sorted(group, key=lambda single: single[0]) for group in groups]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros, since what is masked is still multiplied: by 0, which doesn't hide the NaN of unset memory."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)  # no memory before it is written
 
 
 def _attend_causally(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ _PARSERS = {
 }
 """What engines call the ways in which tools are called, by the chat protocol."""
 _TELL_SECONDS, _LOG_LINES = 30.0, 30
+_FEW_CORES = 4
+"""Up to which vLLM is given all: left alone it keeps one for other things, which is half of two."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Start:
         """Return the variables that it needs beside those of this process."""
         found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if self.engine == "vllm" and self.on_cpu:
-            # Left alone it keeps a core for other things, which is half of two.
-            found |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": _cores()}
-            found |= {name: os.environ[name] for name in found if name in os.environ}
+            found |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+            cores, alone = _cores(), not any("parallel-size" in word or word == "-tp" for word in self.more)
+            if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and len(cores) <= _FEW_CORES and alone:
+                found |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
         return found
 
     def _llamacpp(self, port: str) -> list[str]:
@@ -114,10 +117,10 @@ class Start:
         return _PARSERS[self.engine].get(self.protocol or "", "")
 
 
-def _cores() -> str:
-    """Return the processor's cores that this process may use, such as 0,1,2,3."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return ",".join(map(str, sorted(cores)))
+def _cores() -> list[int]:
+    """Return the numbers of the processor's cores that this process may use."""
+    found = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return sorted(found)
 
 
 def check_installed(engine: EngineName, python: str) -> None:

@@ -31,6 +31,8 @@ ROUTES = {
 _OWN = {"host", "content-length", "connection", "authorization", "transfer-encoding", "accept-encoding"}
 """Headers of a request that are between two neighbours; the key is this server's."""
 _ANSWERED = {"content-type", "retry-after"}
+_TELL_SECONDS = 10.0
+"""That an engine may take to tell what it serves."""
 
 
 class Proxy:
@@ -50,23 +52,17 @@ class Proxy:
 
     async def hand_on(self, request: Request) -> Response:
         """Hand a request on; the client's going away ends it there too."""
-        if self._open >= self._max_open:
-            message = f"{self._open} requests are being served or wait, of at most {self._max_open}; try later"
-            raise ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
+        self._check_room()
         body = await request.body()
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _OWN}
-        self._open += 1
-        self._none_open.clear()
+        self._begun()
         sent = self._client.build_request(request.method, request.url.path, content=body, headers=headers)
         try:
             answer = await unless_gone(request, self._client.send(sent, stream=True))
         except BaseException as error:
             self._ended()
             if isinstance(error, httpx.HTTPError):
-                logger.warning("the engine can't be reached: %s", error)
-                raise ApiError(
-                    502, "the engine doesn't answer; its server's log says why", code="engine_dead"
-                ) from error
+                raise _dead(error) from error
             raise
         self._streams.add(answer)
         kept = {name: value for name, value in answer.headers.items() if name.lower() in _ANSWERED}
@@ -76,17 +72,28 @@ class Proxy:
 
     async def model_named(self, name: str) -> dict[str, Any]:
         """Return what the engine's list of models tells of one: not every engine can be asked for one alone."""
+        self._check_room()
+        self._begun()
         try:
-            answer = (await self._client.get("/v1/models")).raise_for_status()
-        except httpx.HTTPError as error:
-            raise ApiError(502, f"the engine doesn't tell its models: {error}", code="engine_dead") from error
-        models: list[dict[str, Any]] = answer.json()["data"]
-        found = next((model for model in models if model.get("id") == name), None)
-        if found is None:
-            known = ", ".join(str(model.get("id")) for model in models)
-            message = f"there is no model {name[:100]!r} here, only {known}"
+            answer = await self._client.get("/v1/models", timeout=_TELL_SECONDS)
+            models = {str(model["id"]): dict(model) for model in answer.raise_for_status().json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise _dead(error) from error
+        finally:
+            self._ended()
+        if name not in models:
+            message = f"there is no model {name[:100]!r} here, only {', '.join(models)}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        return found
+        return models[name]
+
+    def _check_room(self) -> None:
+        if self._open >= self._max_open:
+            message = f"{self._open} requests are being served or wait, of at most {self._max_open}; try later"
+            raise ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
+
+    def _begun(self) -> None:
+        self._open += 1
+        self._none_open.clear()
 
     async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
         try:
@@ -126,6 +133,12 @@ class Proxy:
             logger.info("ending %d answers that take longer", self._open)
         await asyncio.to_thread(self._process.end)
         await self._client.aclose()
+
+
+def _dead(error: Exception) -> ApiError:
+    """Log why an engine can't be asked; return what its clients are told."""
+    logger.warning("the engine can't be reached: %s", error)
+    return ApiError(502, "the engine doesn't answer; its server's log says why", code="engine_dead")
 
 
 def make_proxy_app(proxy: Proxy, rules: Rules, gate: Gate) -> FastAPI:

@@ -14,11 +14,13 @@ from ternlm.infer.pages import BLOCK
 from ternlm.infer.params import SamplingParams
 
 LONG = ModelConfig(
-    **(CONFIGS["biases"].model_dump(exclude_none=True, by_alias=True) | {"max_position_embeddings": 256})
+    **(CONFIGS["biases, heads of 16"].model_dump(exclude_none=True, by_alias=True) | {"max_position_embeddings": 256})
 )
 DYNAMIC = LONG.model_copy(
     update={"rope_scaling": RopeScaling(kind="dynamic", factor=2.0), "max_position_embeddings": 64}
 )
+HEADS_OF_8 = {"head_dim": 8}
+"""By PyTorch's operators."""
 
 
 def run(engine):
@@ -40,7 +42,11 @@ def alone(model, prompt, params, rope_length=0):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("config", [LONG, DYNAMIC], ids=["plain", "dynamic"])
+@pytest.mark.parametrize(
+    "config",
+    [LONG, DYNAMIC, LONG.model_copy(update=HEADS_OF_8), DYNAMIC.model_copy(update=HEADS_OF_8)],
+    ids=["plain", "dynamic", "plain, heads of 8", "dynamic, heads of 8"],
+)
 @pytest.mark.parametrize("memory", [4096, 160])
 def test_texts_that_come_and_go_are_those_of_full_forward_passes(config, memory):
     model, rng = random_model(config), random.Random(5)
@@ -241,7 +247,7 @@ def test_what_was_not_finite_does_not_spoil_who_gets_its_place():
 
 
 def test_what_is_taken_out_of_the_memory_for_many_texts_stays_small(monkeypatch):
-    model, prompts = random_model(LONG), random_prompts([70, 12, 65, 80, 66])
+    model, prompts = random_model(LONG.model_copy(update=HEADS_OF_8)), random_prompts([70, 12, 65, 80, 66])
     monkeypatch.setattr("ternlm.infer.paged._MOST_TAKEN", 2**14)
     engine = Engine(model, 4096)
     requests = [engine.add(prompt, greedy(10)) for prompt in prompts]
@@ -279,3 +285,26 @@ def test_a_generator_given_makes_the_text():
 def test_more_prompts_than_run_at_once():
     model, prompts = random_model(LONG), random_prompts([10, 20, 30, 5, 40, 3])
     assert generate(model, prompts, greedy(8), max_running=2) == [alone(model, prompt, greedy(8)) for prompt in prompts]
+
+
+def test_an_engine_is_kept_for_more_than_one_set_of_prompts_and_for_other_requests():
+    model, prompts = random_model(LONG), random_prompts([30, 30, 9])
+    engine = Engine(model, 2048)
+    other = engine.add(prompts[2], greedy(30))
+    told = []
+    texts = engine.generate(prompts[:2], greedy(10), on_token=lambda row, token: told.append((row, token)))
+    assert texts == [alone(model, prompt, greedy(10)) for prompt in prompts[:2]]
+    assert [[token for row, token in told if row == own] for own in (0, 1)] == texts
+    assert other.finish is None
+    assert len(other.output) >= 10
+    run(engine)
+    assert other.output == alone(model, prompts[2], greedy(30))
+    assert engine.generate(prompts[:1], greedy(10)) == texts[:1]
+    with torch.no_grad():  # as after a step of training
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    engine.forget()
+    assert engine.generate(prompts[:1], greedy(10)) == [alone(model, prompts[0], greedy(10))]
+    with pytest.raises(ConfigError, match="prompt 1 is empty"):
+        engine.generate([[1], []], greedy(3))
+    assert not engine.is_busy

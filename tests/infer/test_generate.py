@@ -6,7 +6,8 @@ from tiny import CONFIGS, CPU, SHAPE, full_logits, random_model, random_prompts
 from ternlm.config.model import ModelConfig
 from ternlm.config.section import ConfigError
 from ternlm.infer.engine import generate
-from ternlm.infer.paged import PagedCache, Piece
+from ternlm.infer.key_values import Piece
+from ternlm.infer.native import make_cache
 from ternlm.infer.params import SamplingParams
 
 GREEDY = greedy(12)
@@ -19,7 +20,7 @@ def test_prefill_and_decode_equal_the_full_forward(config):
     sequences = random_prompts([9, 46, 40])
     # Unequal prefills, then unequal chunks with sequences left out, then single tokens.
     plan = [(3, 19, 1), (2, 0, 34), (1, 17, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1), (0, 1, 1)]
-    cache, done = PagedCache(config, 9, torch.float32, CPU), [0, 0, 0]
+    cache, done = make_cache(config, 9, torch.float32, CPU), [0, 0, 0]
     blocks = [[8], [1, 3, 5], [7, 0, 4]]
     for counts in plan:
         order = [row for row in (1, 0, 2) if counts[row]]

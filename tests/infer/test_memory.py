@@ -1,5 +1,6 @@
 """How much memory an engine takes for keys and values."""
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ CONFIG = ModelConfig(preset="tiny-gqa", max_position_embeddings=100)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_takes_what_the_engine_holds_for_it(dtype):
     engine = Engine(build_model(CONFIG).to(dtype), 160)
-    held = sum(layer.nbytes for layer in engine._cache._blocks)
+    held = sum(layer.nbytes for layer in engine._cache.memory.layers)
     assert held == 160 * bytes_per_token(CONFIG, dtype)
 
 
@@ -42,6 +43,16 @@ def test_the_longest_text_is_the_models_or_the_memorys():
 
 def test_room_for_more_than_the_memory_holds_is_refused():
     each = bytes_per_token(CONFIG, torch.float32)
-    assert check_num_tokens(CONFIG, torch.float32, 1000, 1000 * each) == 1000
+    free = 1112 * each  # of which a tenth is for what else a step holds
+    assert check_num_tokens(CONFIG, torch.float32, 1000, free) == 1000
     with pytest.raises(ConfigError, match=r"1,001 tokens take .* keep room for at most 1,000"):
-        check_num_tokens(CONFIG, torch.float32, 1001, 1000 * each)
+        check_num_tokens(CONFIG, torch.float32, 1001, free)
+
+
+def test_memory_that_is_reserved_is_taken_at_once():
+    config = ModelConfig(preset="tiny-gqa", max_position_embeddings=100)
+    engine = Engine(build_model(config), 2**28 // bytes_per_token(config, torch.float32))
+    before = psutil.Process().memory_info().rss
+    engine.reserve()
+    assert psutil.Process().memory_info().rss - before > 0.9 * 2**28
+    assert all(not layer.any() for layer in engine._cache.memory.layers)

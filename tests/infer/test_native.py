@@ -1,14 +1,18 @@
 """Attention by C functions over keys and values in blocks is the textbook's, whatever mix of pieces a pass has."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from ternlm.config.model import ModelConfig
 from ternlm.infer.engine import Engine, generate
+from ternlm.infer.key_values import Cache, Piece
 from ternlm.infer.native import NativeCache, make_cache
-from ternlm.infer.paged import PagedCache, Piece
+from ternlm.infer.paged import PagedCache
 from ternlm.infer.params import SamplingParams
 from ternlm.model.decoder import build_model
 from ternlm.ops import native
@@ -28,7 +32,7 @@ HEADS = [
 pytestmark = pytest.mark.skipif(not native.is_available(CPU, torch.float32), reason="no C compiler")
 
 
-def make(heads: tuple[int, int, int], num_blocks: int, dtype: torch.dtype = torch.float32) -> PagedCache:
+def make(heads: tuple[int, int, int], num_blocks: int, dtype: torch.dtype = torch.float32) -> Cache:
     num_q, num_kv, size = heads
     config = ModelConfig(
         vocab_size=32, hidden_size=num_q * size, num_attention_heads=num_q, num_key_value_heads=num_kv,
@@ -50,7 +54,7 @@ class Texts:
         self.blocks = [[next(order) for _ in range(number)] for number in numbers]
         self.done = [0] * len(lengths)
 
-    def attend(self, cache: PagedCache, counts: dict[int, int], num_rows: int = 0) -> torch.Tensor:
+    def attend(self, cache: Cache, counts: dict[int, int], num_rows: int = 0) -> torch.Tensor:
         """Take the next tokens of some texts through the cache, (T, N, H)."""
         pieces = [Piece(self.blocks[i], self.done[i], count) for i, count in counts.items()]
         positions = cache.place(pieces, num_rows)
@@ -126,6 +130,38 @@ def test_what_is_not_finite_stays_with_its_text():
         out, expected = texts.attend(cache, counts), same.attend(other, counts)
         assert torch.equal(out[counts[0] :], expected[counts[0] :])
         assert out[: counts[0]][3 if counts[0] > 1 else 0 :].isnan().all()
+
+
+def test_what_a_text_has_left_in_a_block_is_not_read_by_the_next():
+    texts, same = (Texts([70, 20], (4, 2, 32), torch.float32) for _ in range(2))
+    texts.qkv[0][:] = math.nan
+    cache, other = make((4, 2, 32), texts.num_blocks), make((4, 2, 32), texts.num_blocks)
+    texts.attend(cache, {0: 70})
+    texts.blocks[1] = texts.blocks[0][:2]
+    for counts in ({1: 5}, {1: 1}, {1: 14}):
+        assert torch.equal(texts.attend(cache, counts), same.attend(other, counts))
+
+
+def test_tensors_that_were_not_announced_are_refused():
+    texts = Texts([40], (4, 2, 16), torch.float32)
+    cache = make((4, 2, 16), texts.num_blocks)
+    cache.place([Piece(texts.blocks[0], 0, 40)])
+    q, kv = torch.zeros(1, 40, 4, 16), torch.zeros(1, 40, 2, 16)
+    for wrong in ((q[:, :39], kv[:, :39], kv[:, :39]), (q[:, :, :2], kv, kv), (q, kv[:, :39], kv), (q, kv, q)):
+        with pytest.raises(ValueError, match=r"40 tokens or more were to come"):
+            cache.attend(*wrong, 0)
+    cache.attend(q, kv, kv, 0)
+
+
+def test_the_default_dtype_changes_nothing():
+    code = (
+        "import torch; torch.set_default_dtype(torch.bfloat16)\n"
+        "from test_native import Texts, make\n"
+        "texts = Texts([300, 700], (8, 1, 64), torch.float32); cache = make((8, 1, 64), texts.num_blocks)\n"
+        "texts.attend(cache, {0: 300, 1: 699}); out = texts.attend(cache, {1: 1})\n"
+        "torch.testing.assert_close(out.double(), texts.expected(1, 699), rtol=1e-2, atol=1e-2)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_an_engine_writes_the_same_text_with_and_without(monkeypatch):

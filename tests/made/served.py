@@ -48,7 +48,7 @@ def serving_tokenizer() -> Tokenizer:
 
 def tiny_config(vocab_size: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocab_size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=64, tie_word_embeddings=True, max_position_embeddings=512,
     )  # fmt: skip
 

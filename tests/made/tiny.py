@@ -21,6 +21,8 @@ CONFIGS = {
     "linear": ModelConfig(**SHAPE, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
     "yarn, gqa": ModelConfig(**SHAPE, num_key_value_heads=1, rope_scaling=RopeScaling(kind="yarn", factor=4.0)),
 }
+# Heads of 8 go by PyTorch's operators, heads of 16 by functions in C where there is a compiler.
+CONFIGS |= {f"{name}, heads of 16": config.model_copy(update={"head_dim": 16}) for name, config in CONFIGS.items()}
 CPU = torch.device("cpu")
 
 

@@ -1,7 +1,8 @@
 """C functions compute what PyTorch's operators do, and what isn't there is done without."""
 
 import logging
-import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ CPU = torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 SIZES = pytest.mark.parametrize("shape", [(1, 16), (3, 48), (2, 5, 64), (1, 300, 576), (0, 32)], ids=str)
 pytestmark = pytest.mark.skipif(not native.is_available(CPU, torch.float32), reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """More threads than one, whatever a test before has left."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -61,11 +71,11 @@ def test_gates_of_extremes():
 @DTYPES
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("size", [12, 64, 80])
-@pytest.mark.parametrize("num", [1, 90])
-def test_rotations(num, heads, size, dtype):
-    angles = torch.rand(1, num, 1, size) * 6
+@pytest.mark.parametrize(("batch", "num"), [(1, 1), (1, 90), (3, 7)])
+def test_rotations(batch, num, heads, size, dtype):
+    angles = torch.rand(batch, num, 1, size) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    heads_x = torch.randn(1, num, heads + 2, size).to(dtype)
+    heads_x = torch.randn(batch, num, heads + 2, size).to(dtype)
     kept = heads_x[:, :, heads:].clone()
     exact = rotate(heads_x[:, :, :heads].double(), cos.double(), sin.double())
     native.rotate_(heads_x[:, :, :heads], cos, sin)
@@ -83,7 +93,12 @@ def test_they_are_built_once(fresh_cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "told"), [("no-such-compiler", "no-such-compiler"), ("sh -c 'echo broken >&2; exit 1'", "")]
+    ("compiler", "told"),
+    [
+        ("no-such-compiler", "no-such-compiler"),
+        ("sh -c 'echo all is broken >&2; exit 1'", "sh | all is broken"),
+        ("sh -c 'unbalanced", "quotation"),
+    ],
 )
 def test_without_a_compiler_it_is_said_once_and_done_without(compiler, told, fresh_cache, monkeypatch, caplog):
     monkeypatch.setenv("CC", compiler)
@@ -96,23 +111,65 @@ def test_without_a_compiler_it_is_said_once_and_done_without(compiler, told, fre
     assert not fresh_cache.exists() or not list(fresh_cache.iterdir())  # nothing half-built stays
 
 
-def test_what_is_not_whole_in_the_cache_is_built_anew(fresh_cache):
-    built = native._built(torch.bfloat16)
-    size = built.stat().st_size
+def test_what_is_not_whole_in_the_cache_is_done_without(fresh_cache):
+    fresh_cache.mkdir(parents=True)
+    built = native._built(torch.bfloat16, fresh_cache)
     with built.open("r+b") as file:
         file.truncate(100)
     assert native.library(torch.bfloat16) is not None
-    assert built.stat().st_size == size
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_home_that_cannot_be_written_to_is_no_hindrance(fresh_cache, tmp_path):
-    tmp_path.chmod(0o500)
+def test_processes_that_build_at_once_do_not_meet(fresh_cache):
+    code = "import torch; from ternlm.ops import native; assert native.library(torch.float32) is not None"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert len(list(fresh_cache.iterdir())) == 1
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(fresh_cache):
+    fresh_cache.mkdir(parents=True)
+    fresh_cache.chmod(0o777)
     assert native.library(torch.float32) is not None
-    tmp_path.chmod(0o700)
+    assert not list(fresh_cache.iterdir())
+
+
+def test_a_home_that_nothing_can_be_kept_in_is_no_hindrance(fresh_cache, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = native.library(torch.float32)
+    assert found is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]  # nothing stays
+    x = torch.randn(2, 16)
+    close(native.rms_norm(x, torch.ones(16), 1e-6), F.rms_norm(x.double(), (16,), eps=1e-6))
+
+
+def test_without_a_home_it_is_built_for_the_while(fresh_cache, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", homeless)
+    assert native.library(torch.float32) is not None
 
 
 def test_it_can_be_switched_off(fresh_cache, monkeypatch):
     monkeypatch.setenv("TERNLM_NATIVE", "0")
     assert not native.is_available(CPU, torch.float32)
     assert not fresh_cache.exists()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: native.rms_norm(torch.ones(2, 24), torch.ones(24), 1e-6),
+        lambda: native.rms_norm(torch.ones(2, 16), torch.ones(16, dtype=torch.bfloat16), 1e-6),
+        lambda: native.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-6, torch.ones(1, 16)),
+        lambda: native.rms_norm(torch.ones(2, 16, device="meta"), torch.ones(16, device="meta"), 1e-6),
+        lambda: native.silu_mul(torch.ones(2, 16), torch.ones(2, 32)[:, :16]),
+        lambda: native.rotate_(torch.ones(1, 4, 2, 16), torch.ones(1, 3, 1, 16), torch.ones(1, 3, 1, 16)),
+        lambda: native.rotate_(torch.ones(1, 4, 2, 16).bfloat16(), *torch.ones(2, 1, 4, 1, 16).unbind()),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(call):
+    with pytest.raises(ValueError, match=r"can't read tensors like these: \("):
+        call()

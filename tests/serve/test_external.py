@@ -101,6 +101,8 @@ def test_an_engine_that_dies_is_told_and_ours_killed_leaves_none_behind(tmp_path
         wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
         told = httpx.post(f"{url}{COMPLETE}", json={"prompt": "The", "max_tokens": 3})
         assert (told.status_code, told.json()["error"]["code"]) == (502, "engine_dead")
+        told = httpx.get(f"{url}/v1/models/mortal-one")
+        assert (told.status_code, told.json()["error"]["code"]) == (502, "engine_dead")
     with tern_serve(checkpoint, "--engine", "llamacpp", "--name", "mortal-two") as (process, _):
         assert engine_process("mortal-two")
         process.kill()
@@ -140,11 +142,17 @@ def test_each_engine_gets_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None
         "py -m sglang.launch_server --model-path /m --served-model-name tern --host 127.0.0.1 --port 8123 "
         "--dtype auto --max-running-requests 9 --tool-call-parser llama3"
     )
-    variables = Start("vllm", Path("/m"), "tern", on_cpu=True).environment()
-    assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    assert {int(core) for core in variables["VLLM_CPU_OMP_THREADS_BIND"].split(",")} == os.sched_getaffinity(0)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")  # the user's own stays
-    assert Start("vllm", Path("/m"), "tern", on_cpu=True).environment()["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {5, 2})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    on_cpu = Start("vllm", Path("/m"), "tern", on_cpu=True).environment()
+    assert (on_cpu["VLLM_CPU_KVCACHE_SPACE"], on_cpu["VLLM_CPU_OMP_THREADS_BIND"]) == ("1", "2,5")
+    assert on_cpu["HF_HUB_OFFLINE"] == "1"
+    several = Start("vllm", Path("/m"), "tern", on_cpu=True, more=("--tensor-parallel-size", "2")).environment()
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in several  # a list of cores for each rank would be wanted
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in Start("vllm", Path("/m"), "tern", on_cpu=True).environment()
     assert "VLLM_CPU_OMP_THREADS_BIND" not in Start("vllm", Path("/m"), "tern").environment()
     with pytest.raises(ConfigError, match="--engine-args --x has no effect on llamacpp"):
         command("llamacpp", more=("--x",))

@@ -2,7 +2,8 @@
 
 That takes a second; the result is kept in the user's cache folder. Where there is no compiler, on other systems than
 Linux, or with TERNLM_NATIVE=0 in the environment, `is_available` is false and PyTorch's operators are for the caller to
-use. Nothing here has a gradient.
+use. Nothing here has a gradient. Built by gcc the functions run on the threads that PyTorch has of libgomp; another
+compiler's OpenMP library (CC=clang) has threads of its own, which wait for each other's cores.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,7 @@ BLOCK = 16
 """Tokens of a block of keys and values."""
 _FOLDER = Path(__file__).parent
 _SOURCES = ("attend.c", "rows.c")
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", "-lm")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fwrapv", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", "-lm")
 _KINDS: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 _PATIENCE = 120
 """Seconds that the compiler may take."""
@@ -63,13 +65,19 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Return the functions for tensors of this dtype; None where they can't be built."""
-    if os.environ.get("TERNLM_NATIVE", "1") == "0" or sys.platform != "linux":  # where else OpenMP is PyTorch's own
+    if os.environ.get("TERNLM_NATIVE", "1") == "0" or sys.platform != "linux":
         return None
+    kept = _cache_folder()
     try:
-        return _declared(_loaded(_built(dtype)) or ctypes.CDLL(str(_built(dtype))))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        _log.warning("no C functions could be built, so texts are continued by slower ones: %s", str(reason).strip())
+        if kept is not None:
+            try:
+                return _load(dtype, kept)
+            except OSError as error:  # not whole, or of a file system that nothing may be run from
+                _log.debug("%s holds nothing of use: %s", kept, error)
+        with tempfile.TemporaryDirectory(prefix="ternlm-") as folder:
+            return _load(dtype, Path(folder))  # what is loaded stays
+    except Exception as error:  # whatever is wrong with a compiler, there is another way
+        _log.warning("no C functions could be built, so texts are continued by slower ones: %s", _told(error))
         return None
 
 
@@ -77,14 +85,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) 
     """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, with sums in float32.
 
     more: x is added to it first, in place, and the sum is what the norm is of. The weight is float32; the others are
-    contiguous, their rows multiples of LANES.
+    contiguous, their rows multiples of LANES. Raises ValueError where that isn't so.
     """
     size = x.shape[-1]
-    assert x.is_contiguous()
-    assert more is None or (more.is_contiguous() and more.shape == x.shape and more.dtype == x.dtype)
-    assert weight.dtype == torch.float32
-    assert size == weight.numel()
-    assert size % LANES == 0
+    alike = more is None or (more.is_contiguous() and more.shape == x.shape and more.dtype == x.dtype)
+    good_weight = weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape == (size,)
+    _require(x.is_contiguous() and alike and good_weight and size % LANES == 0, "rms_norm", x, weight)
     out = torch.empty_like(x)
     places = (x.data_ptr(), None if more is None else more.data_ptr(), weight.data_ptr(), out.data_ptr())
     _known(x.dtype).rms_norm(*places, x.numel() // size, size, eps, torch.get_num_threads())
@@ -92,15 +98,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) 
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """Return `silu(gate) * up`, (..., I): of one dtype, with rows that are multiples of LANES and evenly apart."""
+    """Return `silu(gate) * up`, (..., I): of one dtype, with rows that are multiples of LANES and evenly apart. Raises
+    ValueError where they aren't."""
     size = gate.shape[-1]
     gate_TI, up_TI = gate.view(-1, size), up.view(-1, size)
-    assert gate_TI.shape == up_TI.shape
-    assert gate_TI.stride() == up_TI.stride()
-    assert gate_TI.stride(1) == 1
-    assert gate.dtype == up.dtype
-    assert size % LANES == 0
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    alike = gate_TI.shape == up_TI.shape and gate_TI.stride() == up_TI.stride() and gate.dtype == up.dtype
+    _require(alike and gate_TI.stride(1) == 1 and size % LANES == 0, "silu_mul", gate, up)
+    out = gate.new_empty(gate.shape)
     places = (gate.data_ptr(), up.data_ptr(), out.data_ptr())
     _known(gate.dtype).silu_mul(*places, len(gate_TI), size, gate_TI.stride(0), torch.get_num_threads())
     return out
@@ -109,32 +113,29 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def rotate_(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotate heads by their tokens' positions in place, as `model.rope.rotate` returns them.
 
-    Heads lie behind each other, tokens anyhow; H is a multiple of 2. cos and sin: of x's dtype, (B, T, 1, H).
+    Heads lie behind each other, tokens evenly apart; H is a multiple of 2. cos and sin: of x's dtype, (B, T, 1, H).
+    Raises ValueError where that isn't so.
     """
     batch, num, heads, size = x_BTNH.shape
-    assert x_BTNH.dtype == cos.dtype == sin.dtype
-    assert x_BTNH.stride()[2:] == (size, 1)
-    assert batch == 1 or x_BTNH.stride(0) == num * x_BTNH.stride(1)
-    assert cos.is_contiguous()
-    assert sin.is_contiguous()
-    assert cos.numel() == sin.numel() == batch * num * size
+    even = x_BTNH.stride()[2:] == (size, 1) and (batch == 1 or x_BTNH.stride(0) == num * x_BTNH.stride(1))
+    tables = cos.shape == sin.shape == (batch, num, 1, size) and cos.is_contiguous() and sin.is_contiguous()
+    _require(even and tables and x_BTNH.dtype == cos.dtype == sin.dtype and size % 2 == 0, "rotate_", x_BTNH, cos)
     places = (x_BTNH.data_ptr(), cos.data_ptr(), sin.data_ptr())
     _known(x_BTNH.dtype).rotate(*places, batch * num, heads, size, x_BTNH.stride(1), torch.get_num_threads())
 
 
 def _known(dtype: torch.dtype) -> ctypes.CDLL:
     found = library(dtype)
-    assert found is not None, "ask `is_available` first"
+    if found is None:
+        raise RuntimeError(f"there are no C functions for {dtype}; ask `is_available` first")
     return found
 
 
-def _loaded(library: Path) -> ctypes.CDLL | None:
-    """Return a library; None, and it's removed, if it isn't whole, as after a power failure."""
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError:
-        library.unlink()
-        return None
+def _require(suits: bool, name: str, *tensors: Tensor) -> None:
+    """Raise ValueError unless tensors are as a function reads them: in C nothing else would notice."""
+    if not suits or any(x.device.type != "cpu" for x in tensors):
+        told = "; ".join(f"{tuple(x.shape)} by {x.stride()}, {x.dtype}, {x.device}" for x in tensors)
+        raise ValueError(f"{name} can't read tensors like these: {told}")
 
 
 def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
@@ -153,32 +154,50 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
     return functions
 
 
-def _built(dtype: torch.dtype) -> Path:
+def _cache_folder() -> Path | None:
+    """Return the folder that libraries are kept in; None where there is none that is the user's alone to write to."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except (OSError, RuntimeError):  # no home, or one that can't be written to
+        return None
+    return folder if about.st_uid == os.geteuid() and not about.st_mode & 0o022 else None
+
+
+def _load(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
+    return _declared(ctypes.CDLL(str(_built(dtype, folder))))
+
+
+def _told(error: Exception) -> str:
+    """Return what went wrong, of a compiler's own words the last ones."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return " | ".join([shlex.join(error.cmd[:1]), *str(error.stderr).strip().splitlines()[-4:]])
+    return str(error) or type(error).__name__
+
+
+def _built(dtype: torch.dtype, folder: Path) -> Path:
     """Return the library's file, made now unless the same sources were built here before."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc")), None)
     if compiler is None:
-        raise FileNotFoundError("there is no C compiler (cc, gcc or clang); install one to have them")
-    command = [*compiler.split(), *(str(_FOLDER / name) for name in _SOURCES), *_FLAGS, *_KINDS[dtype]]
+        raise FileNotFoundError("there is no C compiler; install gcc to have them")
+    command = [*shlex.split(compiler), *(str(_FOLDER / name) for name in _SOURCES), *_FLAGS, *_KINDS[dtype]]
     texts = [(_FOLDER / name).read_text(encoding="utf-8") for name in (*_SOURCES, "vectors.h")]
     key = hashlib.sha256("\0".join([*command, _processor(), torch.__version__, *texts]).encode()).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to
-        folder = Path(tempfile.mkdtemp(prefix="ternlm-"))
     library = folder / f"native-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=_PATIENCE)
+            words = [*command, "-o", str(made)]
+            subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # whole before it has its name, whatever happens to the machine
             made.replace(library)
     return library
 
 
 def _processor() -> str:
     """Return what tells apart processors that run different instructions: a home may be shared by several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU variant", "CPU part", "cpu\t", "isa", "uarch")
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    return platform.machine() + "\n".join(sorted({line for line in lines if line.startswith(names)}))

@@ -12,8 +12,10 @@
 #define TILE 64 /* keys that are attended at a time */
 #define ROWS 6  /* queries of which the inner products keep their sums in registers */
 #define QUERIES 96 /* that share what is read of keys and values, about */
-#define CHUNK 256  /* keys of a single token's sequence that one thread attends: of its own length only, never of others */
+#define CHUNK 256  /* keys that a task attends of a single token's sequence: how it is cut depends on its own length alone */
 #define BLOCKS (TILE / BLOCK)
+
+_Static_assert(BLOCK == LANES && BLOCKS == 4 && CHUNK % TILE == 0, "what follows is written for these");
 
 /* One layer's attention. Tensors are by pointers to their first element; strides count elements. */
 typedef struct {
@@ -25,8 +27,8 @@ typedef struct {
                               where in `blocks` its sequence's blocks begin */
     const int64_t *blocks;
     int64_t num_tasks;
-    const int64_t *tasks; /* of 4 numbers: piece, first token in it, first key's chunk, chunks of that token's */
-    float *scratch;       /* scratch_size floats for each thread, then partial_size for each task */
+    const int64_t *tasks; /* of 4 numbers: piece, first token in it, which chunk of CHUNK keys, of how many */
+    float *scratch;       /* thread_size floats a thread, then partial_size a task and key/value head */
     int64_t threads;
 } Pass;
 
@@ -84,14 +86,15 @@ INLINE void score(const int rows, const float *queries, int64_t size, const floa
         for (int b = 0; b < BLOCKS; b++) memcpy(scores + r * TILE + b * LANES, &acc[r][b], sizeof(vec));
 }
 
-/* sums += weights values, of `rows` queries and `wide` vectors of the head, over a tile's blocks. */
-INLINE void weigh(const int rows, const int wide, const float *weights, const element *const *values, int num_blocks,
+/* sums += weights values, of `rows` queries and `wide` vectors of the head, over a tile's keys: none beyond them, where
+ * another text may have left what isn't finite. */
+INLINE void weigh(const int rows, const int wide, const float *weights, const element *const *values, int num_keys,
                   int64_t size, float *sums) {
     vec acc[ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < wide; w++) acc[r][w] = load_float(sums + r * size + w * LANES);
-    for (int b = 0; b < num_blocks; b++)
-        for (int j = 0; j < BLOCK; j++) {
+    for (int b = 0; b * BLOCK < num_keys; b++)
+        for (int j = 0; j < BLOCK && b * BLOCK + j < num_keys; j++) {
             vec value[4];
             for (int w = 0; w < wide; w++) value[w] = load(values[b] + j * size + w * LANES);
             for (int r = 0; r < rows; r++)
@@ -117,13 +120,13 @@ static void score_rows(int rows, const float *queries, int64_t size, const float
 #undef CALL
 }
 
-static void weigh_rows(int rows, int wide, const float *weights, const element *const *values, int num_blocks,
+static void weigh_rows(int rows, int wide, const float *weights, const element *const *values, int num_keys,
                        int64_t size, float *sums) {
 #define CALL(n) \
-    if (wide == 4) weigh(n, 4, weights, values, num_blocks, size, sums); \
-    else if (wide == 3) weigh(n, 3, weights, values, num_blocks, size, sums); \
-    else if (wide == 2) weigh(n, 2, weights, values, num_blocks, size, sums); \
-    else weigh(n, 1, weights, values, num_blocks, size, sums)
+    if (wide == 4) weigh(n, 4, weights, values, num_keys, size, sums); \
+    else if (wide == 3) weigh(n, 3, weights, values, num_keys, size, sums); \
+    else if (wide == 2) weigh(n, 2, weights, values, num_keys, size, sums); \
+    else weigh(n, 1, weights, values, num_keys, size, sums)
     EACH_ROWS(rows, CALL)
 #undef CALL
 }
@@ -178,8 +181,7 @@ static void attend_tiles(const Pass *pass, const element *memory, const int64_t 
     for (int64_t r = 0; r < rows; r++) s.largest[r] = -INFINITY, s.total[r] = 0;
     memset(s.sums, 0, rows * size * sizeof(float));
     for (int64_t base = first; base < last; base += TILE) {
-        int num_blocks = (int)((last - base + BLOCK - 1) / BLOCK);
-        if (num_blocks > BLOCKS) num_blocks = BLOCKS;
+        int num_keys = (int)(last - base < TILE ? last - base : TILE), num_blocks = (num_keys + BLOCK - 1) / BLOCK;
         /* Of the next tile a part is fetched after each part of the work on this one: all at once would hold it up. */
         const element *values[BLOCKS], *next[BLOCKS];
         for (int b = 0; b < BLOCKS; b++) {
@@ -208,7 +210,7 @@ static void attend_tiles(const Pass *pass, const element *memory, const int64_t 
                 const element *at[BLOCKS];
                 for (int b = 0; b < num_blocks; b++) at[b] = values[b] + h;
                 int wide = (int)((size - h) / LANES);
-                weigh_rows(some, wide < 4 ? wide : 4, s.scores + r * TILE, at, num_blocks, size, s.sums + r * size + h);
+                weigh_rows(some, wide < 4 ? wide : 4, s.scores + r * TILE, at, num_keys, size, s.sums + r * size + h);
             }
             if (r == skipped && next[3]) fetch(next[3] + block_size, block_size);
         }

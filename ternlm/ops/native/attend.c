@@ -86,6 +86,16 @@ INLINE void score(const int rows, const float *queries, int64_t size, const floa
         for (int b = 0; b < BLOCKS; b++) memcpy(scores + r * TILE + b * LANES, &acc[r][b], sizeof(vec));
 }
 
+INLINE void weigh_block(const int rows, const int wide, const float *weights, const element *values, int num_keys,
+                        int64_t size, vec acc[ROWS][4]) {
+    for (int j = 0; j < num_keys; j++) {
+        vec value[4];
+        for (int w = 0; w < wide; w++) value[w] = load(values + j * size + w * LANES);
+        for (int r = 0; r < rows; r++)
+            for (int w = 0; w < wide; w++) acc[r][w] += weights[r * TILE + j] * value[w];
+    }
+}
+
 /* sums += weights values, of `rows` queries and `wide` vectors of the head, over a tile's keys: none beyond them, where
  * another text may have left what isn't finite. */
 INLINE void weigh(const int rows, const int wide, const float *weights, const element *const *values, int num_keys,
@@ -94,12 +104,10 @@ INLINE void weigh(const int rows, const int wide, const float *weights, const el
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < wide; w++) acc[r][w] = load_float(sums + r * size + w * LANES);
     for (int b = 0; b * BLOCK < num_keys; b++)
-        for (int j = 0; j < BLOCK && b * BLOCK + j < num_keys; j++) {
-            vec value[4];
-            for (int w = 0; w < wide; w++) value[w] = load(values[b] + j * size + w * LANES);
-            for (int r = 0; r < rows; r++)
-                for (int w = 0; w < wide; w++) acc[r][w] += weights[r * TILE + b * BLOCK + j] * value[w];
-        }
+        if (num_keys - b * BLOCK >= BLOCK)
+            weigh_block(rows, wide, weights + b * BLOCK, values[b], BLOCK, size, acc);
+        else
+            weigh_block(rows, wide, weights + b * BLOCK, values[b], num_keys - b * BLOCK, size, acc);
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < wide; w++) memcpy(sums + r * size + w * LANES, &acc[r][w], sizeof(vec));
 }

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import aiohttp
 from fastapi import FastAPI, Request, Response
 from starlette.background import BackgroundTask
 from starlette.responses import StreamingResponse
@@ -31,6 +31,7 @@ ROUTES = {
 _OWN = {"host", "content-length", "connection", "authorization", "transfer-encoding", "accept-encoding"}
 """Headers of a request that are between two neighbours; the key is this server's."""
 _ANSWERED = {"content-type", "retry-after"}
+_FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
 _TELL_SECONDS = 10.0
 """That an engine may take to tell what it serves."""
 
@@ -41,14 +42,11 @@ class Proxy:
     def __init__(self, process: Process, max_open: int) -> None:
         """max_open: requests at the same time; more are refused."""
         self._process, self._max_open = process, max_open
-        # A connection for each request: llama.cpp's server closes used ones while they are being used again.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        timeout = httpx.Timeout(None, connect=10)
-        self._client = httpx.AsyncClient(base_url=process.url, timeout=timeout, limits=limits)
+        self._session: aiohttp.ClientSession | None = None
         self._open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
-        self._streams: set[httpx.Response] = set()
+        self._streams: set[aiohttp.ClientResponse] = set()
 
     async def hand_on(self, request: Request) -> Response:
         """Hand a request on; the client's going away ends it there too."""
@@ -56,18 +54,18 @@ class Proxy:
         body = await request.body()
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _OWN}
         self._begun()
-        sent = self._client.build_request(request.method, request.url.path, content=body, headers=headers)
         try:
-            answer = await unless_gone(request, self._client.send(sent, stream=True))
+            sent = self._ask(request.method, request.url.path, data=body, headers=headers)
+            answer = await unless_gone(request, sent)
         except BaseException as error:
             self._ended()
-            if isinstance(error, httpx.HTTPError):
+            if isinstance(error, _FAILURES):
                 raise _dead(error) from error
             raise
         self._streams.add(answer)
         kept = {name: value for name, value in answer.headers.items() if name.lower() in _ANSWERED}
         return StreamingResponse(
-            self._pieces(answer), answer.status_code, headers=kept, background=BackgroundTask(self._close, answer)
+            self._pieces(answer), answer.status, headers=kept, background=BackgroundTask(self._close, answer)
         )
 
     async def model_named(self, name: str) -> dict[str, Any]:
@@ -75,9 +73,10 @@ class Proxy:
         self._check_room()
         self._begun()
         try:
-            answer = await self._client.get("/v1/models", timeout=_TELL_SECONDS)
-            models = {str(model["id"]): dict(model) for model in answer.raise_for_status().json()["data"]}
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            async with asyncio.timeout(_TELL_SECONDS), await self._ask("GET", "/v1/models") as answer:
+                answer.raise_for_status()
+                models = {str(model["id"]): dict(model) for model in (await answer.json())["data"]}
+        except (*_FAILURES, ValueError, KeyError, TypeError) as error:
             raise _dead(error) from error
         finally:
             self._ended()
@@ -95,19 +94,29 @@ class Proxy:
         self._open += 1
         self._none_open.clear()
 
-    async def _pieces(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+    async def _ask(self, method: str, path: str, **more: Any) -> aiohttp.ClientResponse:
+        if self._session is None:  # made in the event loop that it belongs to
+            # A connection for each request: llama.cpp's server closes used ones while they are being used again.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+            self._session = aiohttp.ClientSession(
+                connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=["Accept-Encoding"]
+            )
+        return await self._session.request(method, self._process.url + path, allow_redirects=False, **more)
+
+    async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         try:
-            async for piece in answer.aiter_raw():
+            async for piece in answer.content.iter_any():
                 yield piece
-        except httpx.HTTPError as error:  # ended, or its process has: what was told stays told
+        except _FAILURES as error:  # ended, or its process has: what was told stays told
             logger.warning("an answer broke off: %s", error)
         finally:
             await self._close(answer)
 
-    async def _close(self, answer: httpx.Response) -> None:
+    async def _close(self, answer: aiohttp.ClientResponse) -> None:
         if answer in self._streams:
             self._streams.discard(answer)
-            await answer.aclose()
+            answer.close()
             self._ended()
 
     def _ended(self) -> None:
@@ -132,7 +141,8 @@ class Proxy:
         except TimeoutError:
             logger.info("ending %d answers that take longer", self._open)
         await asyncio.to_thread(self._process.end)
-        await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
 
 def _dead(error: Exception) -> ApiError:

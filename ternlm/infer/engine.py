@@ -80,14 +80,15 @@ class Engine:
         generator: torch.Generator | None = None,
         constraint: Constraint | None = None,
         wants_prompt: bool = False,
+        name: str = "the prompt",
     ) -> Request:
         """Return a request that can be added; nothing of the engine changes.
 
         generator: where its random numbers come from; of params.seed and the prompt if not given. Raises ConfigError
         for one that could never be served: an empty prompt, ids outside the vocabulary, more tokens than the model or
-        the memory has room for.
+        the memory has room for. name: what the error calls the prompt.
         """
-        self.check(prompt, params)
+        self.check(prompt, params, name)
         length = max(self.config.rope_original_length, len(prompt) + params.max_new_tokens) if self._dynamic else 0
         return Request(
             prompt=list(prompt),
@@ -98,9 +99,9 @@ class Engine:
             rope_length=length,
         )
 
-    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt: Sequence[int], params: SamplingParams, name: str = "the prompt") -> None:
         """Raise ConfigError for what `add` refuses."""
-        check_prompt(self.config, prompt, params.max_new_tokens)
+        check_prompt(self.config, prompt, params.max_new_tokens, name)
         wrong = next((i for i, _ in params.logit_bias if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             last = self.config.vocab_size - 1
@@ -125,14 +126,13 @@ class Engine:
         Equal prompts differ where params draw. Other requests that the engine has go on meanwhile. Raises ConfigError
         as `add` does, before anything is computed.
         """
-        for row, prompt in enumerate(prompts):
-            check_prompt(self.config, prompt, params.max_new_tokens, f"prompt {row}")
-            self.check(prompt, params)
         generators = make_generators(params.seed, prompts)
         rows = {
-            self.add(prompt, params, generator=generator): row
+            self.make(prompt, params, generator=generator, name=f"prompt {row}"): row
             for row, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
         }
+        for request in rows:
+            self.scheduler.add(request)
         while any(request.finish is None for request in rows):
             for event in self.step():
                 if on_token is not None and event.token is not None and event.request in rows:

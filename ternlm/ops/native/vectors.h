@@ -66,11 +66,9 @@ INLINE vec spread(float x) { return (vec){} + x; }
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
 INLINE float sum(vec x) {
-    float total = 0;
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
-    total = x[0];
-    return total;
+    return x[0];
 }
 
 INLINE float largest(vec x) {
@@ -85,36 +83,27 @@ INLINE float largest(vec x) {
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
-/* Let the lanes that have a bit of their number change places with the ones that lack it, over rows the same way. */
-#define SWAP(step, low, high) \
+/* Where lane i comes from, of two rows behind each other, when lanes that have the bit `step` in their number change
+ * places with those of the other row that lack it. */
+#define LOW(i, step) ((i) & (step) ? LANES + (i) - (step) : (i))
+#define HIGH(i, step) ((i) & (step) ? LANES + (i) : (i) + (step))
+#define EACH_LANE(from, step) \
+    from(0, step), from(1, step), from(2, step), from(3, step), from(4, step), from(5, step), from(6, step), \
+        from(7, step), from(8, step), from(9, step), from(10, step), from(11, step), from(12, step), from(13, step), \
+        from(14, step), from(15, step)
+#define SWAP(step) \
     for (int i = 0; i < LANES; i++) \
         if (!(i & step)) { \
             vec a = x[i], b = x[i + step]; \
-            x[i] = PICK(a, b, low); \
-            x[i + step] = PICK(a, b, high); \
+            x[i] = PICK(a, b, EACH_LANE(LOW, step)); \
+            x[i + step] = PICK(a, b, EACH_LANE(HIGH, step)); \
         }
 
 INLINE void transpose(vec x[LANES]) {
-#define LOW 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-    SWAP(1, LOW, HIGH)
-#undef LOW
-#undef HIGH
-#define LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-    SWAP(2, LOW, HIGH)
-#undef LOW
-#undef HIGH
-#define LOW 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-    SWAP(4, LOW, HIGH)
-#undef LOW
-#undef HIGH
-#define LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-    SWAP(8, LOW, HIGH)
-#undef LOW
-#undef HIGH
+    SWAP(1)
+    SWAP(2)
+    SWAP(4)
+    SWAP(8)
 }
 
 /* e to the x, for x of at most 0, to a relative 2e-7; exactly 0 below -87. NaN stays NaN. */

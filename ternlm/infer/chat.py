@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ternlm.config.section import ConfigError
+from ternlm.config.section import ConfigError, UserError
 from ternlm.convert.weights import OpenModel
 from ternlm.data.chat import Message, encode_chat
 from ternlm.data.errors import DataError
@@ -13,7 +13,7 @@ from ternlm.data.protocols import ChatProtocol, protocol_for
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.infer.engine import Engine
 from ternlm.infer.params import SamplingParams
-from ternlm.infer.sampling import make_generator
+from ternlm.infer.sampling import NOT_FINITE, make_generator
 from ternlm.infer.text import TextStream, continue_encoded, stop_ids
 from ternlm.model.decoder import CausalLM
 
@@ -32,7 +32,8 @@ class Chat:
         """Yield the answer to what a user said last, piece by piece; closing the iterator ends it.
 
         The same conversation is answered otherwise each time, unless the temperature is 0. Raises ConfigError where
-        too little room is left for an answer, DataError where the template refuses the conversation.
+        too little room is left for an answer, DataError where the template refuses the conversation, UserError where
+        logits aren't finite.
         """
         params = params or self.params
         prompt = encode_chat(self.tokenizer, self.template, messages)
@@ -49,6 +50,8 @@ class Chat:
         try:
             while self._engine.is_busy:
                 for event in self._engine.step():
+                    if event.finish == "error":
+                        raise UserError(NOT_FINITE)
                     if event.token is not None and (piece := stream.add([event.token])):
                         yield piece
             if rest := stream.finish():

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ternlm.config.model import ModelConfig
-from ternlm.config.section import ConfigError
+from ternlm.config.section import ConfigError, UserError
 from ternlm.infer.fast import compute_dtype, is_fast, shared
 from ternlm.infer.key_values import Piece
 from ternlm.infer.native import make_cache
 from ternlm.infer.pages import BLOCK, BlockPool
 from ternlm.infer.params import SamplingParams
 from ternlm.infer.request import Constraint, Event, Finish, Request
-from ternlm.infer.sampling import Logprobs, logprobs_of, make_generator, make_generators, sample
+from ternlm.infer.sampling import NOT_FINITE, Logprobs, are_finite, logprobs_of, make_generator, make_generators, sample
 from ternlm.infer.scheduler import Scheduler, Share
 from ternlm.model.decoder import CausalLM
 from ternlm.ops.onednn import round_rows
@@ -124,19 +124,26 @@ class Engine:
 
         on_token: `(row, token)`, called for each token of a text as soon as it is known; not for the one that stops it.
         Equal prompts differ where params draw. Other requests that the engine has go on meanwhile. Raises ConfigError
-        as `add` does, before anything is computed.
+        as `add` does, before anything is computed; UserError where logits aren't finite. Whatever is raised, by
+        `on_token` too, ends these requests, and those alone.
         """
         generators = make_generators(params.seed, prompts)
         rows = {
             self.make(prompt, params, generator=generator, name=f"prompt {row}"): row
             for row, (prompt, generator) in enumerate(zip(prompts, generators, strict=True))
         }
-        for request in rows:
-            self.scheduler.add(request)
-        while any(request.finish is None for request in rows):
-            for event in self.step():
-                if on_token is not None and event.token is not None and event.request in rows:
-                    on_token(rows[event.request], event.token)
+        try:
+            for request in rows:
+                self.scheduler.add(request)
+            while any(request.finish is None for request in rows):
+                for event in self.step():
+                    if event.finish == "error" and event.request in rows:
+                        raise UserError(NOT_FINITE)
+                    if on_token is not None and event.token is not None and event.request in rows:
+                        on_token(rows[event.request], event.token)
+        finally:  # nobody else would ever let go of what an error leaves
+            for request in rows:
+                self.cancel(request)
         return [request.output for request in rows]
 
     def cancel(self, request: Request) -> None:
@@ -161,7 +168,10 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Run one forward pass; return what it brought. Nothing to do: nothing returned."""
+        """Run one forward pass; return what it brought. Nothing to do: nothing returned.
+
+        A text whose logits aren't finite ends as "error"; what else is wrong is raised, and every request has ended.
+        """
         shares = self.scheduler.plan()
         if not shares:
             return []
@@ -211,9 +221,23 @@ class Engine:
             return []
         places += places[:1] * (self._rows(len(places)) - len(places))
         logits_BV = self._model.lm_head(hidden_TD[torch.tensor(places, device=self.device)])[: len(ready)]
+        good, lost = are_finite(logits_BV), []
+        if not all(good):
+            lost = [self._lose(request) for request, fine in zip(ready, good, strict=True) if not fine]
+            ready = [request for request, fine in zip(ready, good, strict=True) if fine]
+            if not ready:
+                return lost
+            logits_BV = logits_BV[torch.tensor(good, device=self.device)]
         tokens = sample(logits_BV, [request.row() for request in ready])
         logprobs = self._logprobs(logits_BV, tokens, ready)
-        return [self._event(*each) for each in zip(ready, tokens, logprobs, strict=True)]
+        return lost + [self._event(*each) for each in zip(ready, tokens, logprobs, strict=True)]
+
+    def _lose(self, request: Request) -> Event:
+        """End a text of which nothing finite comes, and what is stored of it alone: it would spoil who comes next."""
+        assert request.pages is not None
+        self._cache.memory.clear(self.pool.disown(request.pages))
+        request.finish = "error"
+        return Event(request, None, None, "error")
 
     def _logprobs(self, logits_BV: Tensor, tokens: Sequence[int], requests: Sequence[Request]) -> list[Logprobs | None]:
         found: list[Logprobs | None] = [None] * len(requests)

@@ -48,10 +48,14 @@ class KeyValues:
         for layer in self.layers:
             layer.zero_()
 
-    def clear(self) -> None:
-        """Let all that is stored be zeros: what isn't finite would spoil whoever gets its place next."""
+    def clear(self, blocks: Sequence[int] | None = None) -> None:
+        """Let blocks, or all that were ever written to, be zeros: what isn't finite would spoil whoever gets its place
+        next."""
         for layer in self.layers:
-            layer[: (self._highest + 1) * self._rows] = 0
+            if blocks is None:
+                layer[: (self._highest + 1) * self._rows] = 0
+            else:
+                layer.unflatten(0, (-1, self._rows))[torch.tensor(blocks, device=self.device)] = 0
 
 
 class Cache(Protocol):

@@ -21,8 +21,7 @@ class NativeCache:
     """Pieces attended by functions in C, all of a layer at once. As `Cache`."""
 
     def __init__(self, config: ModelConfig, memory: KeyValues) -> None:
-        functions = native.library(memory.dtype)
-        assert functions is not None
+        functions = native.loaded(memory.dtype)
         self.memory, self._functions, self._dtype = memory, functions, memory.dtype
         self._num_q, self._num_heads, self._head_size = config.num_attention_heads, config.kv_heads, config.head_size
         self._task_tokens = functions.tokens_of_task(self._num_q, self._num_heads)

@@ -42,7 +42,7 @@ class _Singles:
     tokens: Tensor | slice
     """Which tokens of the pass, R of them."""
     rows: Tensor
-    """Where the sequences are stored: each as many blocks as the longest has, filled up with any."""
+    """Where the sequences are stored: each as many blocks as the longest has, filled up with its first."""
     mask: Tensor
     """0 or -inf: (P, 1, S) for products, (R, 1, 1, S) for the fused kernel."""
 
@@ -141,10 +141,11 @@ class PagedCache:
 
     def _plan_singles(self, group: Sequence[tuple[int, Piece]]) -> _Singles:
         longest = max(piece.start for _, piece in group) // BLOCK + 1
-        blocks_RM = np.zeros((len(group), longest), np.int64)
+        blocks_RM = np.empty((len(group), longest), np.int64)
         for row, (_, piece) in enumerate(group):
             used = piece.start // BLOCK + 1
             blocks_RM[row, :used] = piece.blocks[:used]
+            blocks_RM[row, used:] = piece.blocks[0]  # not another's: what isn't finite shows through the mask
         ends_R1 = torch.tensor([[piece.start] for _, piece in group])
         mask_R1S = torch.zeros(len(group), 1, longest * BLOCK, dtype=self._dtype)
         mask_R1S.masked_fill_((torch.arange(longest * BLOCK) > ends_R1)[:, None], -math.inf)

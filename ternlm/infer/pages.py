@@ -110,6 +110,14 @@ class BlockPool:
                 self._free.append(block)
         pages.blocks.clear()
 
+    def disown(self, pages: Pages) -> list[int]:
+        """Let blocks that this sequence alone uses be found no more; return them."""
+        own = [block for block in pages.blocks if self._users[block] == 1]
+        for block in own:
+            if (key := self._keys.pop(block, None)) is not None:
+                del self._known[key]
+        return own
+
     def forget(self) -> None:
         """Let nothing be found any more: the weights have changed."""
         self._known.clear()

@@ -12,7 +12,7 @@ from ternlm.infer.params import SamplingParams
 from ternlm.infer.sampling import Logprobs, Row
 
 Finish = Literal["stop", "length", "cancelled", "error"]
-"""Why a text ended: by a stop token or what its reader stops at, by its length, let go of, or by a step that failed."""
+"""Why a text ended: by a stop token or what its reader stops at, by its length, let go of, or since it can't go on."""
 
 
 class Constraint(Protocol):

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ternlm.config.section import UserError
 from ternlm.infer.params import SamplingParams
 
+NOT_FINITE = "the model's logits are not finite; its weights are broken, or overflow in this dtype"
 _CANDIDATES = 256
 """As many of the most likely tokens are sorted; only where they aren't enough, all."""
 
@@ -68,12 +68,14 @@ def make_generator(seed: int, prompt: Sequence[int], time: int = 0) -> torch.Gen
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
+def are_finite(logits_BV: Tensor) -> list[bool]:
+    """Say of each row whether a token can be drawn of it: none of its logits is NaN, and the largest isn't infinite."""
+    return logits_BV.amax(-1).isfinite().tolist()
+
+
 def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
-    """Return each row's next token. Raises UserError where a row's logits are NaN or infinite."""
-    logits_BV = logits_BV.float()
-    if not logits_BV.amax(-1).isfinite().all():
-        raise UserError("the model's logits are not finite; its weights are broken, or overflow in this dtype")
-    logits_BV = _adjusted(logits_BV, rows)
+    """Return each row's next token; rows are finite, as `are_finite` says."""
+    logits_BV = _adjusted(logits_BV.float(), rows)
     drawing = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     tokens = logits_BV.argmax(-1).tolist() if len(drawing) < len(rows) else [0] * len(rows)
     for limited in (False, True):

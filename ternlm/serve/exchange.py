@@ -6,7 +6,7 @@ Where the client goes away, what runs for it is let go of.
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -40,7 +40,8 @@ class Exchange:
     async def respond(self, request: Request, stream: bool, include_usage: bool) -> Response:
         """Return the answer: at once where it streams, else when it is whole."""
         if stream:
-            return EventStream(self._events(include_usage), self._answers)
+            more = {"media_type": "text/event-stream", "headers": {"Cache-Control": "no-cache"}}
+            return Stream(self._events(include_usage), self._answers.close, **more)
         try:
             return json_response(await unless_gone(request, self._collect()))
         finally:
@@ -61,11 +62,11 @@ class Exchange:
                 self._watches[number].take(delta)
                 told = self._choices[number].take(delta)
                 if told is not None:
-                    yield _event({**frame, "choices": [told], **idle})
+                    yield event_of({**frame, "choices": [told], **idle})
             if include_usage:
-                yield _event({**frame, "choices": [], "usage": self._usage()})
+                yield event_of({**frame, "choices": [], "usage": self._usage()})
         except Exception as error:
-            yield _event(as_api_error(error).body())
+            yield event_of(as_api_error(error).body())
         yield b"data: [DONE]\n\n"
 
     def _usage(self) -> Mapping[str, Any]:
@@ -74,18 +75,19 @@ class Exchange:
         return usage_of(sum(self._prompt_lengths), cached, sum(watch.num_tokens for watch in self._watches))
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; lets go of the answers when it ends, in whatever way."""
+class Stream(StreamingResponse):
+    """An answer that is sent as it comes."""
 
-    def __init__(self, events: AsyncIterator[bytes], answers: Answers) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._answers = answers
+    def __init__(self, pieces: AsyncIterator[bytes], ended: Callable[[], None], **more: Any) -> None:
+        """ended: called once, when it ends in whatever way. more: as a response takes it."""
+        super().__init__(pieces, **more)
+        self._has_ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answers.close()
+            self._has_ended()
 
 
 async def unless_gone(request: Request, work: Any) -> Any:
@@ -106,5 +108,6 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
-def _event(content: Mapping[str, Any]) -> bytes:
+def event_of(content: Mapping[str, Any]) -> bytes:
+    """Return a server-sent event."""
     return b"data: " + dumps(content) + b"\n\n"

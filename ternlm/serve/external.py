@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ _PARSERS = {
 }
 """What engines call the ways in which tools are called, by the chat protocol."""
 _TELL_SECONDS, _LOG_LINES = 30.0, 30
+_RANKS = re.compile(r"--[\w.-]*parallel|-(tp|pp|dp)\b")
+"""vLLM's options for several processes, each of which wants a list of cores of its own."""
 _FEW_CORES = 4
 """Up to which vLLM is given all: left alone it keeps one for other things, which is half of two."""
 
@@ -64,7 +67,7 @@ class Start:
         found = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         if self.engine == "vllm" and self.on_cpu:
             found |= {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
-            cores, alone = _cores(), not any("parallel-size" in word or word == "-tp" for word in self.more)
+            cores, alone = _cores(), not any(map(_RANKS.match, self.more))
             if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ and len(cores) <= _FEW_CORES and alone:
                 found |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
         return found

@@ -5,16 +5,14 @@ What stands before every route here, the key, sizes, the number of requests, sta
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import aiohttp
 from fastapi import FastAPI, Request, Response
-from starlette.background import BackgroundTask
-from starlette.responses import StreamingResponse
 
-from ternlm.serve.errors import ApiError, as_api_error, handle_errors, json_response
-from ternlm.serve.exchange import unless_gone
+from ternlm.serve.errors import ApiError, as_api_error, handle_errors, json_response, shutting_down
+from ternlm.serve.exchange import Stream, event_of, unless_gone
 from ternlm.serve.external import Process
 from ternlm.serve.guard import Gate, Guard, Rules
 
@@ -28,9 +26,11 @@ ROUTES = {
     "/detokenize": "POST",
     "/metrics": "GET",
 }
-_OWN = {"host", "content-length", "connection", "authorization", "transfer-encoding", "accept-encoding"}
-"""Headers of a request that are between two neighbours; the key is this server's."""
+_HANDED_ON = {"accept", "baggage", "content-type", "traceparent", "tracestate", "user-agent"}
+"""Headers that an engine is told, beside those of `X-`: the key and the connection are this server's."""
 _ANSWERED = {"content-type", "retry-after"}
+_UNTOLD = ["Accept", "Accept-Encoding", "Content-Type", "User-Agent"]
+"""Headers that aiohttp would make up."""
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError)
 _TELL_SECONDS = 10.0
 """That an engine may take to tell what it serves."""
@@ -43,41 +43,39 @@ class Proxy:
         """max_open: requests at the same time; more are refused."""
         self._process, self._max_open = process, max_open
         self._session: aiohttp.ClientSession | None = None
-        self._open = 0
+        self._open, self._has_ended = 0, False
         self._none_open = asyncio.Event()
         self._none_open.set()
-        self._streams: set[aiohttp.ClientResponse] = set()
 
     async def hand_on(self, request: Request) -> Response:
         """Hand a request on; the client's going away ends it there too."""
-        self._check_room()
-        body = await request.body()
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in _OWN}
+        body, headers = await request.body(), _told_on(request.headers.items())
         self._begun()
         try:
-            sent = self._ask(request.method, request.url.path, data=body, headers=headers)
+            sent = self._ask(request.method, request.url.path, data=body or None, headers=headers)
             answer = await unless_gone(request, sent)
         except BaseException as error:
             self._ended()
             if isinstance(error, _FAILURES):
-                raise _dead(error) from error
+                raise self._failure(error) from error
             raise
-        self._streams.add(answer)
-        kept = {name: value for name, value in answer.headers.items() if name.lower() in _ANSWERED}
-        return StreamingResponse(
-            self._pieces(answer), answer.status, headers=kept, background=BackgroundTask(self._close, answer)
-        )
+
+        def end() -> None:
+            answer.close()
+            self._ended()
+
+        kept = {name: value for name, value in answer.headers.items() if name.lower() in _ANSWERED and _is_plain(value)}
+        return Stream(self._pieces(answer), end, status_code=answer.status, headers=kept)
 
     async def model_named(self, name: str) -> dict[str, Any]:
         """Return what the engine's list of models tells of one: not every engine can be asked for one alone."""
-        self._check_room()
         self._begun()
         try:
             async with asyncio.timeout(_TELL_SECONDS), await self._ask("GET", "/v1/models") as answer:
                 answer.raise_for_status()
                 models = {str(model["id"]): dict(model) for model in (await answer.json())["data"]}
         except (*_FAILURES, ValueError, KeyError, TypeError) as error:
-            raise _dead(error) from error
+            raise self._failure(error) from error
         finally:
             self._ended()
         if name not in models:
@@ -85,44 +83,52 @@ class Proxy:
             raise ApiError(404, message, param="model", code="model_not_found")
         return models[name]
 
-    def _check_room(self) -> None:
-        if self._open >= self._max_open:
-            message = f"{self._open} requests are being served or wait, of at most {self._max_open}; try later"
-            raise ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
-
-    def _begun(self) -> None:
-        self._open += 1
-        self._none_open.clear()
-
     async def _ask(self, method: str, path: str, **more: Any) -> aiohttp.ClientResponse:
         if self._session is None:  # made in the event loop that it belongs to
             # A connection for each request: llama.cpp's server closes used ones while they are being used again.
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
             self._session = aiohttp.ClientSession(
-                connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=["Accept-Encoding"]
+                connector=connector, timeout=timeout, auto_decompress=False, skip_auto_headers=_UNTOLD
             )
         return await self._session.request(method, self._process.url + path, allow_redirects=False, **more)
 
     async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        last = b"\n\n"
         try:
             async for piece in answer.content.iter_any():
                 yield piece
-        except _FAILURES as error:  # ended, or its process has: what was told stays told
-            logger.warning("an answer broke off: %s", error)
-        finally:
-            await self._close(answer)
+                last = (last + piece)[-2:]
+        except _FAILURES as error:  # what was told stays told, but nobody is to take it for the whole
+            told = self._failure(error)
+            if answer.content_type != "text/event-stream" or last != b"\n\n":
+                raise  # which breaks the connection off
+            yield event_of(told.body())
 
-    async def _close(self, answer: aiohttp.ClientResponse) -> None:
-        if answer in self._streams:
-            self._streams.discard(answer)
-            answer.close()
-            self._ended()
+    def _begun(self) -> None:
+        """Count a request in. Raises ApiError where there is no place for it."""
+        if self._has_ended:
+            raise shutting_down()
+        if self._open >= self._max_open:
+            message = f"{self._open} requests are being served or wait, of at most {self._max_open}; try later"
+            raise ApiError(429, message, code="overloaded", headers={"Retry-After": "1"})
+        self._open += 1
+        self._none_open.clear()
 
     def _ended(self) -> None:
         self._open -= 1
         if not self._open:
             self._none_open.set()
+
+    def _failure(self, error: Exception) -> ApiError:
+        """Log why an engine didn't answer; return what its client is told."""
+        if self._has_ended:
+            return shutting_down()
+        logger.warning("the engine didn't answer: %r", error)
+        if isinstance(error, TimeoutError) and self.is_alive:
+            message = "the engine is too busy to answer; try later"
+            return ApiError(503, message, code="overloaded", headers={"Retry-After": "5"})
+        return ApiError(502, "the engine doesn't answer; its server's log says why", code="engine_dead")
 
     @property
     def is_alive(self) -> bool:
@@ -140,15 +146,21 @@ class Proxy:
             await asyncio.wait_for(self._none_open.wait(), seconds)
         except TimeoutError:
             logger.info("ending %d answers that take longer", self._open)
+        self._has_ended = True
         await asyncio.to_thread(self._process.end)
         if self._session is not None:
             await self._session.close()
 
 
-def _dead(error: Exception) -> ApiError:
-    """Log why an engine can't be asked; return what its clients are told."""
-    logger.warning("the engine can't be reached: %s", error)
-    return ApiError(502, "the engine doesn't answer; its server's log says why", code="engine_dead")
+def _told_on(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return those of a request's headers that the engine is told."""
+    told = ((name.lower(), value) for name, value in headers)
+    return {name: value for name, value in told if (name in _HANDED_ON or name[:2] == "x-") and _is_plain(value)}
+
+
+def _is_plain(value: str) -> bool:
+    """Whether a header can be written again as it was read."""
+    return value.isascii() and value.isprintable()
 
 
 def make_proxy_app(proxy: Proxy, rules: Rules, gate: Gate) -> FastAPI:

@@ -5,7 +5,7 @@ import torch
 from in_memory import greedy
 
 from ternlm.config.model import ModelConfig
-from ternlm.config.section import ConfigError
+from ternlm.config.section import ConfigError, UserError
 from ternlm.convert.weights import OpenModel
 from ternlm.data.chat import INTERNLM, INTERNLM2, encode_chat
 from ternlm.data.tokenizer import Tokenizer, train_bpe
@@ -95,3 +95,12 @@ def test_a_full_conversation_says_so_and_an_answer_may_be_left(model, tokenizer)
     assert whole.startswith(next(answer))
     answer.close()
     assert "".join(chat.answer([user("hello")])) == whole
+
+
+def test_a_model_of_which_nothing_finite_comes_is_told(tokenizer) -> None:
+    broken = build_model(config(tokenizer))
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    chat = begin(broken, tokenizer)
+    for _ in range(2):  # the first leaves nothing behind
+        with pytest.raises(UserError, match="logits are not finite; its weights are broken"):
+            list(chat.answer([user("hello")]))

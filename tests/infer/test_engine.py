@@ -215,35 +215,82 @@ def test_a_step_that_fails_lets_go_of_all_and_leaves_the_engine_usable():
     engine = Engine(model, 4096)
     request = engine.add(prompt, greedy(10))
     engine.step()
-    with torch.no_grad():
-        kept = model.lm_head.weight.clone()
-        model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="not finite"):
+
+    class Broken:
+        def allowed(self):
+            raise RuntimeError("broken")
+
+    engine.add(prompt, greedy(10), constraint=Broken())
+    with pytest.raises(RuntimeError, match="broken"):
         engine.step()
     assert (request.finish, engine.is_busy, engine.pool.num_used) == ("error", False, 0)
-    with torch.no_grad():
-        model.lm_head.weight.copy_(kept)
     again = engine.add(prompt, greedy(10))
     run(engine)
     assert again.num_cached == 0
     assert again.output == alone(model, prompt, greedy(10))
 
 
-def test_what_was_not_finite_does_not_spoil_who_gets_its_place():
-    model, prompts = random_model(LONG), random_prompts([40, 20, 33])
-    engine = Engine(model, 4096)
+def broken_at(token, config=LONG):
+    """A model of which nothing finite comes once a text has this token."""
+    model = random_model(config)
     with torch.no_grad():
-        kept = model.model.embed_tokens.weight.clone()
-        model.model.embed_tokens.weight.fill_(float("nan"))
-    engine.add(prompts[0], greedy(4))
-    with pytest.raises(UserError, match="not finite"):
-        engine.step()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(kept)
-    for prompt in prompts:
-        again = engine.add(prompt, greedy(10))
+        model.model.embed_tokens.weight[token] = float("nan")
+    return model
+
+
+HEADS = pytest.mark.parametrize("more", [{}, HEADS_OF_8], ids=["heads of 16", "heads of 8"])
+
+
+@HEADS
+def test_what_is_not_finite_ends_its_own_text_alone(more):
+    config = LONG.model_copy(update=more)
+    whole, model, bad = random_model(config), broken_at(0, config), 0
+    # Of the same beginning, so that they share blocks; the broken one comes in pieces, while the others go on.
+    beginning, *rests = ([token for token in prompt if token != bad] for prompt in random_prompts([40, 30, 20, 100]))
+    prompts = [beginning + rest for rest in rests[:2]]
+    expected = [alone(whole, prompt, greedy(20)) for prompt in prompts]
+    assert not any(bad in output for output in expected)
+    engine = Engine(model, 4096, max_step_tokens=16)
+    lost = engine.add([*beginning, bad, *rests[2]], greedy(20))
+    requests = [engine.add(prompt, greedy(20)) for prompt in prompts]
+    events = run(engine)
+    assert [request.output for request in requests] == expected
+    assert [(event.request, event.token) for event in events if event.finish == "error"] == [(lost, None)]
+    assert (lost.finish, lost.output, engine.pool.num_used) == ("error", [], 0)
+    # Nobody finds what it left, and it doesn't show where it was.
+    for prompt in [*prompts, [*rests[2]]]:
+        again = engine.add(prompt, greedy(20))
         run(engine)
-        assert again.output == alone(model, prompt, greedy(10))
+        assert again.output == alone(whole, prompt, greedy(20))
+    assert all(layer.isfinite().all() for layer in engine._cache.memory.layers)
+
+
+@HEADS
+def test_what_is_not_finite_and_not_known_yet_does_not_show_in_others(more):
+    config = LONG.model_copy(update=more)
+    whole, model = random_model(config), broken_at(0, config)
+    *prompts, rest = ([token or 1 for token in prompt] for prompt in random_prompts([12, 60, 100]))
+    expected = [alone(whole, prompt, greedy(20)) for prompt in prompts]
+    assert not any(0 in output for output in expected)
+    engine = Engine(model, 4096, max_step_tokens=16)
+    before = engine.add([1, 2], greedy(100))  # keeps the first block for the broken one
+    requests = [engine.add(prompt, greedy(20)) for prompt in prompts]
+    while not requests[1].output:
+        engine.step()
+    engine.cancel(before)
+    lost = engine.add([0, *rest], greedy(20))
+    run(engine)
+    assert lost.finish == "error"
+    assert [request.output for request in requests] == expected
+
+
+def test_prompts_of_which_nothing_finite_comes_are_told():
+    model, (good,) = broken_at(0), random_prompts([20])
+    engine = Engine(model, 512)
+    with pytest.raises(UserError, match="logits are not finite"):
+        engine.generate([[token or 1 for token in good], [1, 0]], greedy(4))
+    assert not engine.is_busy
+    assert engine.pool.num_used == 0
 
 
 def test_what_is_taken_out_of_the_memory_for_many_texts_stays_small(monkeypatch):
@@ -308,3 +355,20 @@ def test_an_engine_is_kept_for_more_than_one_set_of_prompts_and_for_other_reques
     with pytest.raises(ConfigError, match="prompt 1 is empty"):
         engine.generate([[1], []], greedy(3))
     assert not engine.is_busy
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_prompts_that_are_left_in_the_middle_are_let_go_of(error):
+    model, (other, *prompts) = random_model(CONFIGS["biases"]), random_prompts([4, 5, 3, 6])
+    engine = Engine(model, 512, max_running=2)
+    kept = engine.add(other, greedy(12))
+
+    def leave(row, token):
+        raise error("enough")
+
+    with pytest.raises(error, match="enough"):
+        engine.generate(prompts, greedy(12), on_token=leave)
+    run(engine)
+    assert kept.output == alone(model, other, greedy(12))
+    assert engine.pool.num_free == engine.pool.num_blocks
+    assert engine.generate(prompts, greedy(12)) == generate(model, prompts, greedy(12))

@@ -106,16 +106,29 @@ def test_what_can_never_be_served_is_refused_where_it_is_asked_for(thread):
 
 
 def test_a_step_that_fails_is_told_to_its_requests_and_others_are_served(thread, inbox):
+    class Broken:
+        def allowed(self):
+            time.sleep(0.2)  # until all are running
+            raise RuntimeError("broken")
+
     model = random_model(LONG)
     worker = thread(model)
-    kept = model.lm_head.weight.detach().clone()
-    with torch.no_grad():
-        model.lm_head.weight.fill_(float("nan"))
-    requests = [worker.submit([row, 5], greedy(5)) for row in range(3)]
+    requests = [worker.submit([1, 5], greedy(300), constraint=Broken())]
+    requests += [worker.submit([row, 5], greedy(300)) for row in range(2)]
     assert [inbox.wait(request)[1] for request in requests] == ["error"] * 3
-    with torch.no_grad():
-        model.lm_head.weight.copy_(kept)
     assert inbox.wait(worker.submit([1, 5], greedy(5))) == (generate(model, [[1, 5]], greedy(5))[0], "length")
+
+
+def test_a_text_of_which_nothing_finite_comes_is_told_alone_and_logged(thread, inbox, caplog):
+    model, (prompt,) = random_model(LONG), random_prompts([9])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = float("nan")
+    running = thread(model)
+    good, bad = (running.submit(tokens, greedy(20)) for tokens in ([token or 1 for token in prompt], [5, 0, 6]))
+    assert inbox.wait(bad) == ([], "error")
+    assert inbox.wait(good) == (good.output, "length")
+    assert "1 texts can't go on: the model's logits are not finite" in caplog.text
+    assert (running.load().running, running.load().used_blocks) == (0, 0)
 
 
 def test_closing_lets_what_runs_end_and_takes_nothing_more(thread, inbox):

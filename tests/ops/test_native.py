@@ -31,7 +31,7 @@ def fresh_cache(tmp_path, monkeypatch):
     """A cache folder that nothing was built in, and no memory of what was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native.library.cache_clear()
-    yield tmp_path / "cache" / "ternlm"
+    yield tmp_path / "cache" / "ternlm" / "native"
     native.library.cache_clear()
 
 
@@ -111,12 +111,27 @@ def test_without_a_compiler_it_is_said_once_and_done_without(compiler, told, fre
     assert not fresh_cache.exists() or not list(fresh_cache.iterdir())  # nothing half-built stays
 
 
-def test_what_is_not_whole_in_the_cache_is_done_without(fresh_cache):
-    fresh_cache.mkdir(parents=True)
-    built = native._built(torch.bfloat16, fresh_cache)
-    with built.open("r+b") as file:
-        file.truncate(100)
+def test_what_is_not_whole_in_the_cache_is_built_anew(fresh_cache):
+    path = fresh_cache / f"native-{native._key(native._command(torch.bfloat16))}.so"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF half")
     assert native.library(torch.bfloat16) is not None
+    assert list(fresh_cache.iterdir()) == [path]
+    assert path.stat().st_size > 10_000
+
+
+def test_a_home_that_is_full_is_no_hindrance(fresh_cache, tmp_path, monkeypatch, caplog):
+    script = tmp_path / "compiler"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *{fresh_cache}*) echo "No space left" >&2; exit 1;; esac\nexec gcc "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    with caplog.at_level(logging.INFO):
+        assert native.library(torch.float32) is not None
+    assert not list(fresh_cache.iterdir())
+    (record,) = caplog.records
+    assert (record.levelname, "No space left" in record.message) == ("INFO", True)
 
 
 def test_processes_that_build_at_once_do_not_meet(fresh_cache):
@@ -126,11 +141,21 @@ def test_processes_that_build_at_once_do_not_meet(fresh_cache):
     assert len(list(fresh_cache.iterdir())) == 1
 
 
-def test_a_folder_that_others_may_write_to_is_not_trusted(fresh_cache):
+def test_a_folder_that_others_may_write_to_is_not_trusted(fresh_cache, caplog):
     fresh_cache.mkdir(parents=True)
     fresh_cache.chmod(0o777)
-    assert native.library(torch.float32) is not None
+    with caplog.at_level(logging.INFO):
+        assert native.library(torch.float32) is not None
     assert not list(fresh_cache.iterdir())
+    assert "others may write to" in caplog.text
+
+
+def test_a_folder_of_an_earlier_version_does_not_matter(fresh_cache):
+    fresh_cache.parent.mkdir(parents=True)
+    fresh_cache.parent.chmod(0o775)
+    assert native.library(torch.float32) is not None
+    assert len(list(fresh_cache.iterdir())) == 1
+    assert fresh_cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_home_that_nothing_can_be_kept_in_is_no_hindrance(fresh_cache, tmp_path, monkeypatch):
@@ -165,8 +190,15 @@ def test_it_can_be_switched_off(fresh_cache, monkeypatch):
         lambda: native.rms_norm(torch.ones(2, 16), torch.ones(16, dtype=torch.bfloat16), 1e-6),
         lambda: native.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-6, torch.ones(1, 16)),
         lambda: native.rms_norm(torch.ones(2, 16, device="meta"), torch.ones(16, device="meta"), 1e-6),
+        lambda: native.rms_norm(torch.ones(2, 16), torch.ones(16), 1e-6, torch.ones(2, 16, device="meta")),
         lambda: native.silu_mul(torch.ones(2, 16), torch.ones(2, 32)[:, :16]),
+        lambda: native.silu_mul(*torch.ones(2, 3, 4, 16).transpose(1, 2).unbind()),
+        lambda: native.silu_mul(torch.ones(2, 16), torch.ones(2, 16, device="meta")),
+        lambda: native.silu_mul(torch.ones(4, 0), torch.ones(4, 0)),
         lambda: native.rotate_(torch.ones(1, 4, 2, 16), torch.ones(1, 3, 1, 16), torch.ones(1, 3, 1, 16)),
+        lambda: native.rotate_(
+            torch.ones(1, 4, 2, 16), torch.ones(1, 4, 1, 16), torch.ones(1, 4, 1, 16, device="meta")
+        ),
         lambda: native.rotate_(torch.ones(1, 4, 2, 16).bfloat16(), *torch.ones(2, 1, 4, 1, 16).unbind()),
     ],
 )

@@ -103,6 +103,14 @@ def test_an_engine_that_dies_is_told_and_ours_killed_leaves_none_behind(tmp_path
         assert (told.status_code, told.json()["error"]["code"]) == (502, "engine_dead")
         told = httpx.get(f"{url}/v1/models/mortal-one")
         assert (told.status_code, told.json()["error"]["code"]) == (502, "engine_dead")
+    with tern_serve(checkpoint, "--engine", "llamacpp", "--name", "mortal-three") as (_, url):
+        body = {"prompt": "The", "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{url}{COMPLETE}", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            os.kill(engine_process("mortal-three"), signal.SIGKILL)
+            told = [line for line in lines if line][-1]
+        assert json.loads(told.removeprefix("data: "))["error"]["code"] == "engine_dead"
     with tern_serve(checkpoint, "--engine", "llamacpp", "--name", "mortal-two") as (process, _):
         assert engine_process("mortal-two")
         process.kill()
@@ -149,8 +157,11 @@ def test_each_engine_gets_its_own_flags(monkeypatch: pytest.MonkeyPatch) -> None
     on_cpu = Start("vllm", Path("/m"), "tern", on_cpu=True).environment()
     assert (on_cpu["VLLM_CPU_KVCACHE_SPACE"], on_cpu["VLLM_CPU_OMP_THREADS_BIND"]) == ("1", "2,5")
     assert on_cpu["HF_HUB_OFFLINE"] == "1"
-    several = Start("vllm", Path("/m"), "tern", on_cpu=True, more=("--tensor-parallel-size", "2")).environment()
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in several  # a list of cores for each rank would be wanted
+    for words in ("--tensor-parallel-size 2", "--tensor_parallel_size=2", "-tp 2", "-tp=2", "-pp 2", "-dp 2"):
+        several = Start("vllm", Path("/m"), "tern", on_cpu=True, more=tuple(words.split())).environment()
+        assert "VLLM_CPU_OMP_THREADS_BIND" not in several, words  # a list of cores for each rank would be wanted
+    alone = Start("vllm", Path("/m"), "tern", on_cpu=True, more=("--chat-template", "/a-tp/x")).environment()
+    assert alone["VLLM_CPU_OMP_THREADS_BIND"] == "2,5"
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     assert "VLLM_CPU_OMP_THREADS_BIND" not in Start("vllm", Path("/m"), "tern", on_cpu=True).environment()
     assert "VLLM_CPU_OMP_THREADS_BIND" not in Start("vllm", Path("/m"), "tern").environment()

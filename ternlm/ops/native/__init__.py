@@ -72,8 +72,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         if kept is not None:
             try:
                 return _load(dtype, kept)
-            except OSError as error:  # not whole, or of a file system that nothing may be run from
-                _log.debug("%s holds nothing of use: %s", kept, error)
+            except (OSError, subprocess.CalledProcessError) as error:  # full, or nothing may be run from there
+                _log.info("no C functions can be kept in %s: %s", kept, _told(error))
         with tempfile.TemporaryDirectory(prefix="ternlm-") as folder:
             return _load(dtype, Path(folder))  # what is loaded stays
     except Exception as error:  # whatever is wrong with a compiler, there is another way
@@ -90,23 +90,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, more: Tensor | None = None) 
     size = x.shape[-1]
     alike = more is None or (more.is_contiguous() and more.shape == x.shape and more.dtype == x.dtype)
     good_weight = weight.dtype == torch.float32 and weight.is_contiguous() and weight.shape == (size,)
-    _require(x.is_contiguous() and alike and good_weight and size % LANES == 0, "rms_norm", x, weight)
+    given = (x, weight) if more is None else (x, weight, more)
+    _require(x.is_contiguous() and alike and good_weight and size % LANES == 0, "rms_norm", *given)
     out = torch.empty_like(x)
     places = (x.data_ptr(), None if more is None else more.data_ptr(), weight.data_ptr(), out.data_ptr())
-    _known(x.dtype).rms_norm(*places, x.numel() // size, size, eps, torch.get_num_threads())
+    loaded(x.dtype).rms_norm(*places, x.numel() // size, size, eps, torch.get_num_threads())
     return out
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Return `silu(gate) * up`, (..., I): of one dtype, with rows that are multiples of LANES and evenly apart. Raises
     ValueError where they aren't."""
-    size = gate.shape[-1]
-    gate_TI, up_TI = gate.view(-1, size), up.view(-1, size)
-    alike = gate_TI.shape == up_TI.shape and gate_TI.stride() == up_TI.stride() and gate.dtype == up.dtype
-    _require(alike and gate_TI.stride(1) == 1 and size % LANES == 0, "silu_mul", gate, up)
+    size, apart = gate.shape[-1], _row_stride(gate)
+    alike = gate.shape == up.shape and apart == _row_stride(up) and gate.dtype == up.dtype
+    _require(alike and apart is not None and size % LANES == 0, "silu_mul", gate, up)
     out = gate.new_empty(gate.shape)
     places = (gate.data_ptr(), up.data_ptr(), out.data_ptr())
-    _known(gate.dtype).silu_mul(*places, len(gate_TI), size, gate_TI.stride(0), torch.get_num_threads())
+    loaded(gate.dtype).silu_mul(*places, gate.numel() // size, size, apart, torch.get_num_threads())
     return out
 
 
@@ -119,16 +119,26 @@ def rotate_(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> None:
     batch, num, heads, size = x_BTNH.shape
     even = x_BTNH.stride()[2:] == (size, 1) and (batch == 1 or x_BTNH.stride(0) == num * x_BTNH.stride(1))
     tables = cos.shape == sin.shape == (batch, num, 1, size) and cos.is_contiguous() and sin.is_contiguous()
-    _require(even and tables and x_BTNH.dtype == cos.dtype == sin.dtype and size % 2 == 0, "rotate_", x_BTNH, cos)
+    _require(even and tables and x_BTNH.dtype == cos.dtype == sin.dtype and size % 2 == 0, "rotate_", x_BTNH, cos, sin)
     places = (x_BTNH.data_ptr(), cos.data_ptr(), sin.data_ptr())
-    _known(x_BTNH.dtype).rotate(*places, batch * num, heads, size, x_BTNH.stride(1), torch.get_num_threads())
+    loaded(x_BTNH.dtype).rotate(*places, batch * num, heads, size, x_BTNH.stride(1), torch.get_num_threads())
 
 
-def _known(dtype: torch.dtype) -> ctypes.CDLL:
+def loaded(dtype: torch.dtype) -> ctypes.CDLL:
+    """Return the functions for tensors of this dtype. Raises RuntimeError where there are none."""
     found = library(dtype)
     if found is None:
         raise RuntimeError(f"there are no C functions for {dtype}; ask `is_available` first")
     return found
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """Return how far rows lie apart; None where they aren't evenly apart, each in one piece."""
+    try:
+        stride, step = x.view(-1, x.shape[-1]).stride()
+    except RuntimeError:  # no view has these rows, or they are empty
+        return None
+    return stride if step == 1 else None
 
 
 def _require(suits: bool, name: str, *tensors: Tensor) -> None:
@@ -157,16 +167,31 @@ def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
 def _cache_folder() -> Path | None:
     """Return the folder that libraries are kept in; None where there is none that is the user's alone to write to."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm" / "native"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.stat()
-    except (OSError, RuntimeError):  # no home, or one that can't be written to
+    except (OSError, RuntimeError) as error:  # no home, or one that can't be written to
+        _log.info("C functions are built anew at every start, there is no folder to keep them in: %s", error)
         return None
-    return folder if about.st_uid == os.geteuid() and not about.st_mode & 0o022 else None
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        _log.info("C functions are built anew at every start, others may write to %s: chmod go-w it", folder)
+        return None
+    return folder
 
 
 def _load(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
-    return _declared(ctypes.CDLL(str(_built(dtype, folder))))
+    """Return the library that is kept in a folder; built now if it isn't there yet, or can't be read."""
+    command = _command(dtype)
+    path = folder / f"native-{_key(command)}.so"
+    if path.exists():
+        try:
+            return _declared(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError) as error:
+            _log.info("%s is damaged and is built anew: %s", path, error)
+            path.unlink(missing_ok=True)
+    _build(command, path)
+    return _declared(ctypes.CDLL(str(path)))
 
 
 def _told(error: Exception) -> str:
@@ -176,24 +201,29 @@ def _told(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _built(dtype: torch.dtype, folder: Path) -> Path:
-    """Return the library's file, made now unless the same sources were built here before."""
+def _command(dtype: torch.dtype) -> list[str]:
+    """Return what builds a library, but for where to."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "cc")), None)
     if compiler is None:
         raise FileNotFoundError("there is no C compiler; install gcc to have them")
-    command = [*shlex.split(compiler), *(str(_FOLDER / name) for name in _SOURCES), *_FLAGS, *_KINDS[dtype]]
+    return [*shlex.split(compiler), *(str(_FOLDER / name) for name in _SOURCES), *_FLAGS, *_KINDS[dtype]]
+
+
+def _key(command: list[str]) -> str:
+    """Return what names a library: another for other sources, another compiler, PyTorch or processor."""
     texts = [(_FOLDER / name).read_text(encoding="utf-8") for name in (*_SOURCES, "vectors.h")]
-    key = hashlib.sha256("\0".join([*command, _processor(), torch.__version__, *texts]).encode()).hexdigest()[:24]
-    library = folder / f"native-{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / library.name
-            words = [*command, "-o", str(made)]
-            subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
-            with made.open("rb") as file:
-                os.fsync(file.fileno())  # whole before it has its name, whatever happens to the machine
-            made.replace(library)
-    return library
+    told = "\0".join([*command, _processor(), torch.__version__, *texts])
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def _build(command: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        words = [*command, "-o", str(made)]
+        subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # whole before it has its name, whatever happens to the machine
+        made.replace(path)
 
 
 def _processor() -> str:

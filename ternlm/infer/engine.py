@@ -124,8 +124,8 @@ class Engine:
 
         on_token: `(row, token)`, called for each token of a text as soon as it is known; not for the one that stops it.
         Equal prompts differ where params draw. Other requests that the engine has go on meanwhile. Raises ConfigError
-        as `add` does, before anything is computed; UserError where logits aren't finite. Whatever is raised, by
-        `on_token` too, ends these requests, and those alone.
+        as `add` does, before anything is computed; UserError where logits aren't finite. Whatever is raised ends
+        these requests: those alone, unless it is `step` that raises.
         """
         generators = make_generators(params.seed, prompts)
         rows = {
@@ -207,8 +207,8 @@ class Engine:
         return round_rows(num) if is_fast(self._model) else num
 
     def _next_tokens(self, hidden_TD: Tensor, shares: Sequence[Share]) -> list[Event]:
-        """Draw the next token of each request whose tokens are all stored now."""
-        ready, places, place = [], [], 0
+        """Draw the next token of each request whose tokens are all stored now; end those that aren't finite."""
+        ready, places, pending, ends, place = [], [], [], [], 0
         for share in shares:
             if share.request.wants_prompt:
                 self._tell_prompt(hidden_TD[place : place + len(share.tokens)], share)
@@ -216,14 +216,20 @@ class Engine:
             if share.is_last:
                 ready.append(share.request)
                 places.append(place - 1)
+            else:
+                pending.append(share.request)
+                ends.append(place - 1)
             share.request.num_stored += len(share.tokens)
+        lost = []
+        if pending:  # its last token has read all that is stored
+            lost = self._lose(pending, hidden_TD[torch.tensor(ends, device=self.device)].isfinite().all(-1).tolist())
         if not ready:
-            return []
+            return lost
         places += places[:1] * (self._rows(len(places)) - len(places))
         logits_BV = self._model.lm_head(hidden_TD[torch.tensor(places, device=self.device)])[: len(ready)]
-        good, lost = are_finite(logits_BV), []
+        good = are_finite(logits_BV)
         if not all(good):
-            lost = [self._lose(request) for request, fine in zip(ready, good, strict=True) if not fine]
+            lost += self._lose(ready, good)
             ready = [request for request, fine in zip(ready, good, strict=True) if fine]
             if not ready:
                 return lost
@@ -232,12 +238,14 @@ class Engine:
         logprobs = self._logprobs(logits_BV, tokens, ready)
         return lost + [self._event(*each) for each in zip(ready, tokens, logprobs, strict=True)]
 
-    def _lose(self, request: Request) -> Event:
-        """End a text of which nothing finite comes, and what is stored of it alone: it would spoil who comes next."""
-        assert request.pages is not None
-        self._cache.memory.clear(self.pool.disown(request.pages))
-        request.finish = "error"
-        return Event(request, None, None, "error")
+    def _lose(self, requests: Sequence[Request], finite: Sequence[bool]) -> list[Event]:
+        """End texts that aren't finite, and what is stored of them alone: it would spoil who comes next."""
+        lost = [request for request, fine in zip(requests, finite, strict=True) if not fine]
+        for request in lost:
+            assert request.pages is not None
+            self._cache.memory.clear(self.pool.disown(request.pages))
+            self.finish(request, "error")  # at once: the next one may then be the last that has a block
+        return [Event(request, None, None, "error") for request in lost]
 
     def _logprobs(self, logits_BV: Tensor, tokens: Sequence[int], requests: Sequence[Request]) -> list[Logprobs | None]:
         found: list[Logprobs | None] = [None] * len(requests)
@@ -276,7 +284,8 @@ class Engine:
     def _abandon(self) -> None:
         """Drop every request after a step that failed: what its blocks hold is unknown."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            self.finish(request, "error")
+            request.finish = request.finish or "error"
+            self.scheduler.remove(request)
         self.pool.forget()
         self._cache.memory.clear()
 

@@ -51,11 +51,12 @@ class KeyValues:
     def clear(self, blocks: Sequence[int] | None = None) -> None:
         """Let blocks, or all that were ever written to, be zeros: what isn't finite would spoil whoever gets its place
         next."""
+        index = None if blocks is None else torch.tensor(blocks, dtype=torch.int64, device=self.device)
         for layer in self.layers:
-            if blocks is None:
+            if index is None:
                 layer[: (self._highest + 1) * self._rows] = 0
             else:
-                layer.unflatten(0, (-1, self._rows))[torch.tensor(blocks, device=self.device)] = 0
+                layer.unflatten(0, (-1, self._rows))[index] = 0
 
 
 class Cache(Protocol):

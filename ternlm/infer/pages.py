@@ -1,8 +1,8 @@
 """Which blocks of the key/value memory belong to whom: given out, shared by equal beginnings, taken back.
 
-Numbers only: the tensors are `paged`'s. A block holds the keys and values of BLOCK neighbouring tokens of a sequence.
-Full ones are known by what they hold: the tokens, all tokens before them and the length that dynamic rope scaling
-assumed. One that nobody uses any more is kept until its place is needed, the longest unused one going first.
+Numbers only: `key_values` has the tensors. A block holds the keys and values of BLOCK neighbouring tokens of a
+sequence. Full ones are known by what they hold: the tokens, all tokens before them and the length that dynamic rope
+scaling assumed. One that nobody uses any more is kept until its place is needed, the longest unused one going first.
 """
 
 from collections import OrderedDict

@@ -81,13 +81,13 @@ class Stream(StreamingResponse):
     def __init__(self, pieces: AsyncIterator[bytes], ended: Callable[[], None], **more: Any) -> None:
         """ended: called once, when it ends in whatever way. more: as a response takes it."""
         super().__init__(pieces, **more)
-        self._has_ended = ended
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._has_ended()
+            self._ended()
 
 
 async def unless_gone(request: Request, work: Any) -> Any:

@@ -50,26 +50,26 @@ class Proxy:
     async def hand_on(self, request: Request) -> Response:
         """Hand a request on; the client's going away ends it there too."""
         body, headers = await request.body(), _told_on(request.headers.items())
-        self._begun()
+        self._enter()
         try:
-            sent = self._ask(request.method, request.url.path, data=body or None, headers=headers)
+            sent = self._ask(request.method, request.scope["path"], data=body or None, headers=headers)
             answer = await unless_gone(request, sent)
         except BaseException as error:
-            self._ended()
+            self._leave()
             if isinstance(error, _FAILURES):
                 raise self._failure(error) from error
             raise
 
         def end() -> None:
             answer.close()
-            self._ended()
+            self._leave()
 
         kept = {name: value for name, value in answer.headers.items() if name.lower() in _ANSWERED and _is_plain(value)}
         return Stream(self._pieces(answer), end, status_code=answer.status, headers=kept)
 
     async def model_named(self, name: str) -> dict[str, Any]:
         """Return what the engine's list of models tells of one: not every engine can be asked for one alone."""
-        self._begun()
+        self._enter()
         try:
             async with asyncio.timeout(_TELL_SECONDS), await self._ask("GET", "/v1/models") as answer:
                 answer.raise_for_status()
@@ -77,7 +77,7 @@ class Proxy:
         except (*_FAILURES, ValueError, KeyError, TypeError) as error:
             raise self._failure(error) from error
         finally:
-            self._ended()
+            self._leave()
         if name not in models:
             message = f"there is no model {name[:100]!r} here, only {', '.join(models)}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -105,7 +105,7 @@ class Proxy:
                 raise  # which breaks the connection off
             yield event_of(told.body())
 
-    def _begun(self) -> None:
+    def _enter(self) -> None:
         """Count a request in. Raises ApiError where there is no place for it."""
         if self._has_ended:
             raise shutting_down()
@@ -115,7 +115,7 @@ class Proxy:
         self._open += 1
         self._none_open.clear()
 
-    def _ended(self) -> None:
+    def _leave(self) -> None:
         self._open -= 1
         if not self._open:
             self._none_open.set()
@@ -124,7 +124,8 @@ class Proxy:
         """Log why an engine didn't answer; return what its client is told."""
         if self._has_ended:
             return shutting_down()
-        logger.warning("the engine didn't answer: %r", error)
+        # Not %r, which may have the headers of the request.
+        logger.warning("the engine didn't answer: %s: %s", type(error).__name__, error)
         if isinstance(error, TimeoutError) and self.is_alive:
             message = "the engine is too busy to answer; try later"
             return ApiError(503, message, code="overloaded", headers={"Retry-After": "5"})
@@ -152,10 +153,10 @@ class Proxy:
             await self._session.close()
 
 
-def _told_on(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
+def _told_on(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return those of a request's headers that the engine is told."""
     told = ((name.lower(), value) for name, value in headers)
-    return {name: value for name, value in told if (name in _HANDED_ON or name[:2] == "x-") and _is_plain(value)}
+    return [(name, value) for name, value in told if (name in _HANDED_ON or name[:2] == "x-") and _is_plain(value)]
 
 
 def _is_plain(value: str) -> bool:

@@ -284,6 +284,53 @@ def test_what_is_not_finite_and_not_known_yet_does_not_show_in_others(more):
     assert [request.output for request in requests] == expected
 
 
+@HEADS
+@pytest.mark.parametrize(
+    ("texts", "cancelled"),
+    [
+        ([[1] * 5 + [0] + [1] * 10, [1] * 5 + [0] + [1] * 30], None),  # all blocks of one are the other's, too
+        ([[1] * 5 + [0] + [1] * 30] * 3, None),  # they end in the same step, each of the same beginning
+        ([[0] + [1] * 99], 0),
+        ([[0] + [1] * 99, [0] + [1] * 98 + [2]], 1),
+    ],
+    ids=["all shared", "together", "let go of", "one let go of"],
+)
+def test_nothing_stays_of_what_is_not_finite(texts, cancelled, more):
+    config = LONG.model_copy(update=more)
+    whole, model = random_model(config), broken_at(0, config)
+    prompts = [[token or 1 for token in prompt] for prompt in random_prompts([8, 5])]
+    engine = Engine(model, 2048, max_step_tokens=64)
+    beside = engine.add(prompts[0], greedy(9))
+    lost = [engine.add(text, greedy(4)) for text in texts]
+    engine.step()
+    if cancelled is not None:
+        engine.cancel(lost[cancelled])
+    run(engine)
+    assert {request.finish for request in lost} <= {"error", "cancelled"}
+    assert beside.output == alone(whole, prompts[0], greedy(9))
+    assert all(layer.isfinite().all() for layer in engine._cache.memory.layers)
+    again = engine.add(prompts[1], greedy(20))
+    run(engine)
+    assert again.output == alone(whole, prompts[1], greedy(20))
+
+
+def test_a_step_that_fails_lets_go_of_what_has_just_ended_too():
+    class Broken:
+        def allowed(self):
+            return None
+
+        def accept(self, token):
+            raise RuntimeError("broken")
+
+    engine = Engine(broken_at(0), 512)
+    ended = [engine.add([1, 2], greedy(1)), engine.add([0], greedy(1)), engine.add([3], greedy(1), constraint=Broken())]
+    with pytest.raises(RuntimeError, match="broken"):
+        engine.step()
+    assert [request.finish for request in ended] == ["length", "error", "error"]
+    assert not engine.is_busy
+    assert engine.pool.num_used == 0
+
+
 def test_prompts_of_which_nothing_finite_comes_are_told():
     model, (good,) = broken_at(0), random_prompts([20])
     engine = Engine(model, 512)

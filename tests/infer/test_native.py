@@ -27,7 +27,7 @@ HEADS = [
     (4, 2, 112),
     (4, 1, 128),
     (2, 2, 256),
-    (128, 1, 16),
+    pytest.param((128, 1, 16), marks=pytest.mark.slow),
 ]
 pytestmark = pytest.mark.skipif(not native.is_available(CPU, torch.float32), reason="no C compiler")
 

@@ -107,14 +107,22 @@ def test_what_can_never_be_served_is_refused_where_it_is_asked_for(thread):
 
 def test_a_step_that_fails_is_told_to_its_requests_and_others_are_served(thread, inbox):
     class Broken:
-        def allowed(self):
-            time.sleep(0.2)  # until all are running
-            raise RuntimeError("broken")
+        def __init__(self):
+            self.tokens = []
 
-    model = random_model(LONG)
+        def allowed(self):
+            if self.tokens:
+                raise RuntimeError("broken")
+            all_said.wait(20)
+
+        def accept(self, token):
+            self.tokens.append(token)
+
+    model, all_said = random_model(LONG), threading.Event()
     worker = thread(model)
     requests = [worker.submit([1, 5], greedy(300), constraint=Broken())]
     requests += [worker.submit([row, 5], greedy(300)) for row in range(2)]
+    all_said.set()
     assert [inbox.wait(request)[1] for request in requests] == ["error"] * 3
     assert inbox.wait(worker.submit([1, 5], greedy(5))) == (generate(model, [[1, 5]], greedy(5))[0], "length")
 

@@ -112,12 +112,32 @@ def test_without_a_compiler_it_is_said_once_and_done_without(compiler, told, fre
 
 
 def test_what_is_not_whole_in_the_cache_is_built_anew(fresh_cache):
-    path = fresh_cache / f"native-{native._key(native._command(torch.bfloat16))}.so"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"\x7fELF half")
+    fresh_cache.mkdir(parents=True)
+    built = native._build(native._command(torch.bfloat16), fresh_cache, native._key(native._command(torch.bfloat16)))
+    whole = built.read_bytes()
+    with built.open("r+b") as file:
+        file.truncate(8192)  # which would end the process where it is loaded
     assert native.library(torch.bfloat16) is not None
-    assert list(fresh_cache.iterdir()) == [path]
-    assert path.stat().st_size > 10_000
+    assert list(fresh_cache.iterdir()) == [built]
+    assert built.read_bytes() == whole
+
+
+def test_a_folder_that_nothing_may_be_run_from_is_left_alone(fresh_cache, monkeypatch):
+    assert native.library(torch.float32) is not None
+    (built,) = fresh_cache.iterdir()
+    load, commands, run = native.ctypes.CDLL, [], subprocess.run
+
+    def refuse(name):
+        if name.startswith(str(fresh_cache)):
+            raise OSError("failed to map segment from shared object")
+        return load(name)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(native.subprocess, "run", lambda words, **more: commands.append(words) or run(words, **more))
+    native.library.cache_clear()
+    assert native.library(torch.float32) is not None
+    assert len(commands) == 1
+    assert list(fresh_cache.iterdir()) == [built]
 
 
 def test_a_home_that_is_full_is_no_hindrance(fresh_cache, tmp_path, monkeypatch, caplog):

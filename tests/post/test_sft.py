@@ -19,7 +19,8 @@ from ternlm.train.loop import train_step
 from ternlm.train.models import open_model
 from ternlm.train.run import set_up
 
-ADAPTERS = [None, {"rank": 4}, {"kind": "dora", "rank": 4}]
+DORA = pytest.param({"kind": "dora", "rank": 4}, marks=pytest.mark.slow)
+EACH = pytest.mark.parametrize("adapter", [None, {"rank": 4}, DORA], ids=["whole", "lora", "dora"])
 
 
 def one_step(settings: SftConfig, mesh=None):
@@ -53,7 +54,7 @@ def assert_same(found, wanted):
         torch.testing.assert_close(part, whole[place], rtol=0, atol=1e-5 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["whole", "lora", "dora"])
+@EACH
 def test_packed_is_padded_is_accumulated(make_settings, adapter):
     given = {} if adapter is None else {"adapter": adapter}
     padded = one_step(make_settings("padded", data={"packing": "pad"}, **given))
@@ -76,8 +77,8 @@ def _config(settings):
     return open_sft(settings).config
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["whole", "lora", "dora"])
-@pytest.mark.parametrize("world", [2, 4])
+@EACH
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_as_one_does(make_settings, adapter, world):
     given = {} if adapter is None else {"adapter": adapter}
     alone = one_step(make_settings("alone", **given))

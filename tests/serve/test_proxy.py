@@ -107,7 +107,7 @@ def test_what_is_between_client_and_front_stays_there() -> None:
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Type: application/json\r\n"
         b"Expect: 100-Continue\r\nTE: trailers\r\nKeep-Alive: timeout=5\r\nProxy-Authorization: a\r\nCookie: c=d\r\n"
         b"Authorization: Bearer secret\r\nX-Broken: a\x01b\r\nX-Far: caf\xe9\r\nX-Request-Id: 7\r\n"
-        b"Traceparent: 00-1\r\nUser-Agent: me\r\nConnection: close\r\n\r\n{}"
+        b"Traceparent: 00-1\r\nTracestate: a=1\r\nTracestate: b=2\r\nUser-Agent: me\r\nConnection: close\r\n\r\n{}"
     )
     with front(WHOLE) as served:
         with socket.create_connection(served.address, timeout=20) as connection:
@@ -116,6 +116,7 @@ def test_what_is_between_client_and_front_stays_there() -> None:
         assert b"HTTP/1.1 200 OK" in answer
         assert answer.endswith(b"{}\r\n0\r\n\r\n")
         (asked,) = served.engine.asked
+    assert asked.count(b"tracestate: a=1\r\ntracestate: b=2\r\n") == 1
     headers = told(asked)
     assert headers.pop(b"host").startswith(b"127.0.0.1:")
     assert headers.pop(b"connection") == b"close"
@@ -124,6 +125,7 @@ def test_what_is_between_client_and_front_stays_there() -> None:
         b"content-type": b"application/json",
         b"x-request-id": b"7",
         b"traceparent": b"00-1",
+        b"tracestate": b"b=2",
         b"user-agent": b"me",
     }
 

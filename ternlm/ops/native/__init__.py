@@ -69,13 +69,14 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     kept = _cache_folder()
     try:
+        command = _command(dtype)
         if kept is not None:
             try:
-                return _load(dtype, kept)
+                return _load(command, kept)
             except (OSError, subprocess.CalledProcessError) as error:  # full, or nothing may be run from there
-                _log.info("no C functions can be kept in %s: %s", kept, _told(error))
+                _log.info("C functions can't be had from %s: %s", kept, _told(error))
         with tempfile.TemporaryDirectory(prefix="ternlm-") as folder:
-            return _load(dtype, Path(folder))  # what is loaded stays
+            return _load(command, Path(folder))  # what is loaded stays
     except Exception as error:  # whatever is wrong with a compiler, there is another way
         _log.warning("no C functions could be built, so texts are continued by slower ones: %s", _told(error))
         return None
@@ -180,18 +181,20 @@ def _cache_folder() -> Path | None:
     return folder
 
 
-def _load(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
-    """Return the library that is kept in a folder; built now if it isn't there yet, or can't be read."""
-    command = _command(dtype)
-    path = folder / f"native-{_key(command)}.so"
-    if path.exists():
-        try:
-            return _declared(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError) as error:
-            _log.info("%s is damaged and is built anew: %s", path, error)
-            path.unlink(missing_ok=True)
-    _build(command, path)
-    return _declared(ctypes.CDLL(str(path)))
+def _load(command: list[str], folder: Path) -> ctypes.CDLL:
+    """Return the library that is kept in a folder, built now if it isn't there yet, or not as it was."""
+    key = _key(command)
+    found = next((path for path in sorted(folder.glob(f"native-{key}-*.so")) if _is_whole(path)), None)
+    return _declared(ctypes.CDLL(str(found or _build(command, folder, key))))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library holds what its name says; another is taken away, since to load it could end the process."""
+    if path.stem.endswith(_digest(path.read_bytes())):
+        return True
+    _log.info("%s is damaged and is built anew", path)
+    path.unlink(missing_ok=True)
+    return False
 
 
 def _told(error: Exception) -> str:
@@ -210,20 +213,25 @@ def _command(dtype: torch.dtype) -> list[str]:
 
 
 def _key(command: list[str]) -> str:
-    """Return what names a library: another for other sources, another compiler, PyTorch or processor."""
+    """Return what names a library: another for other sources, another command, PyTorch or
+    processor."""
     texts = [(_FOLDER / name).read_text(encoding="utf-8") for name in (*_SOURCES, "vectors.h")]
-    told = "\0".join([*command, _processor(), torch.__version__, *texts])
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    return _digest("\0".join([*command, _processor(), torch.__version__, *texts]).encode())
 
 
-def _build(command: list[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def _build(command: list[str], folder: Path, key: str) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "made.so"
         words = [*command, "-o", str(made)]
         subprocess.run(words, check=True, capture_output=True, text=True, errors="replace", timeout=_PATIENCE)
         with made.open("rb") as file:
+            content = file.read()
             os.fsync(file.fileno())  # whole before it has its name, whatever happens to the machine
-        made.replace(path)
+        return made.replace(folder / f"native-{key}-{_digest(content)}.so")
 
 
 def _processor() -> str:

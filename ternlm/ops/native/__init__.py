@@ -213,8 +213,7 @@ def _command(dtype: torch.dtype) -> list[str]:
 
 
 def _key(command: list[str]) -> str:
-    """Return what names a library: another for other sources, another command, PyTorch or
-    processor."""
+    """Return what tells libraries apart: their sources, command, PyTorch and processor."""
     texts = [(_FOLDER / name).read_text(encoding="utf-8") for name in (*_SOURCES, "vectors.h")]
     return _digest("\0".join([*command, _processor(), torch.__version__, *texts]).encode())
 

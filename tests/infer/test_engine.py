@@ -5,41 +5,17 @@ import random
 import pytest
 import torch
 from in_memory import greedy
-from tiny import CONFIGS, full_logits, random_model, random_prompts
+from tiny import CONFIGS, HEADS_OF_8, LONG, full_logits, greedy_alone, random_model, random_prompts, run
 
-from ternlm.config.model import ModelConfig, RopeScaling
-from ternlm.config.section import ConfigError, UserError
+from ternlm.config.model import RopeScaling
+from ternlm.config.section import ConfigError
 from ternlm.infer.engine import Engine, generate
 from ternlm.infer.pages import BLOCK
 from ternlm.infer.params import SamplingParams
 
-LONG = ModelConfig(
-    **(CONFIGS["biases, heads of 16"].model_dump(exclude_none=True, by_alias=True) | {"max_position_embeddings": 256})
-)
 DYNAMIC = LONG.model_copy(
     update={"rope_scaling": RopeScaling(kind="dynamic", factor=2.0), "max_position_embeddings": 64}
 )
-HEADS_OF_8 = {"head_dim": 8}
-"""By PyTorch's operators."""
-
-
-def run(engine):
-    """All events until nothing is left to do."""
-    events = []
-    while engine.is_busy:
-        events += engine.step()
-    return events
-
-
-def alone(model, prompt, params, rope_length=0):
-    """Greedy text by full forward passes."""
-    tokens = list(prompt)
-    for _ in range(params.max_new_tokens):
-        token = int(full_logits(model, tokens, rope_length)[-1].argmax())
-        if token in params.stop_ids:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +36,7 @@ def test_texts_that_come_and_go_are_those_of_full_forward_passes(config, memory)
         engine.step()
     for prompt, own, request in zip(prompts, params, requests, strict=True):
         rope_length = max(64, len(prompt) + own.max_new_tokens)
-        assert request.output == alone(model, prompt, own, rope_length)
+        assert request.output == greedy_alone(model, prompt, own, rope_length)
         assert request.finish == ("length" if len(request.output) == own.max_new_tokens else "stop")
     assert (engine.scheduler.num_preemptions > 0) == (memory == 160)
     assert engine.pool.num_used == 0
@@ -91,11 +67,11 @@ def test_a_beginning_is_computed_once():
     assert len(events) == 2
     run(engine)
     for request in (first, *others):
-        assert request.output == alone(model, request.prompt, request.params)
+        assert request.output == greedy_alone(model, request.prompt, request.params)
     again = engine.add([*first.prompt, *first.output, 5], greedy(4))  # a conversation that goes on
     run(engine)
     assert again.num_cached == (len(first.prompt) + len(first.output) - 1) // BLOCK * BLOCK
-    assert again.output == alone(model, again.prompt, again.params)
+    assert again.output == greedy_alone(model, again.prompt, again.params)
 
 
 def test_equal_prompts_that_come_together_share_their_blocks():
@@ -105,7 +81,7 @@ def test_equal_prompts_that_come_together_share_their_blocks():
     engine.step()
     assert engine.pool.num_used == 4 + 4
     run(engine)
-    expected = alone(model, prompt, greedy(3))
+    expected = greedy_alone(model, prompt, greedy(3))
     assert [request.output for request in requests] == [expected] * 4
 
 
@@ -124,7 +100,7 @@ def test_new_weights_make_what_is_stored_worthless():
     request = engine.add(prompt, greedy(10))
     run(engine)
     assert request.num_cached == 0
-    assert request.output == alone(model, prompt, greedy(10))
+    assert request.output == greedy_alone(model, prompt, greedy(10))
 
 
 def test_a_request_can_be_let_go_wherever_it_is():
@@ -140,7 +116,7 @@ def test_a_request_can_be_let_go_wherever_it_is():
     engine.cancel(second)
     assert (first.finish, second.finish, third.finish) == ("cancelled", "length", "cancelled")
     assert (len(first.output), len(third.output)) == (5, 0)
-    assert second.output == alone(model, prompts[1], greedy(30))
+    assert second.output == greedy_alone(model, prompts[1], greedy(30))
     assert engine.pool.num_used == 0
 
 
@@ -156,7 +132,7 @@ def test_a_long_prompt_comes_in_pieces_between_which_others_go_on():
         assert len(first.output) == before + 1
     assert len(first.output) == 11
     run(engine)
-    assert second.output == alone(model, long, greedy(5))
+    assert second.output == greedy_alone(model, long, greedy(5))
 
 
 def test_log_probabilities_of_prompt_and_text():
@@ -227,117 +203,7 @@ def test_a_step_that_fails_lets_go_of_all_and_leaves_the_engine_usable():
     again = engine.add(prompt, greedy(10))
     run(engine)
     assert again.num_cached == 0
-    assert again.output == alone(model, prompt, greedy(10))
-
-
-def broken_at(token, config=LONG):
-    """A model of which nothing finite comes once a text has this token."""
-    model = random_model(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[token] = float("nan")
-    return model
-
-
-HEADS = pytest.mark.parametrize("more", [{}, HEADS_OF_8], ids=["heads of 16", "heads of 8"])
-
-
-@HEADS
-def test_what_is_not_finite_ends_its_own_text_alone(more):
-    config = LONG.model_copy(update=more)
-    whole, model, bad = random_model(config), broken_at(0, config), 0
-    # Of the same beginning, so that they share blocks; the broken one comes in pieces, while the others go on.
-    beginning, *rests = ([token for token in prompt if token != bad] for prompt in random_prompts([40, 30, 20, 100]))
-    prompts = [beginning + rest for rest in rests[:2]]
-    expected = [alone(whole, prompt, greedy(20)) for prompt in prompts]
-    assert not any(bad in output for output in expected)
-    engine = Engine(model, 4096, max_step_tokens=16)
-    lost = engine.add([*beginning, bad, *rests[2]], greedy(20))
-    requests = [engine.add(prompt, greedy(20)) for prompt in prompts]
-    events = run(engine)
-    assert [request.output for request in requests] == expected
-    assert [(event.request, event.token) for event in events if event.finish == "error"] == [(lost, None)]
-    assert (lost.finish, lost.output, engine.pool.num_used) == ("error", [], 0)
-    # Nobody finds what it left, and it doesn't show where it was.
-    for prompt in [*prompts, [*rests[2]]]:
-        again = engine.add(prompt, greedy(20))
-        run(engine)
-        assert again.output == alone(whole, prompt, greedy(20))
-    assert all(layer.isfinite().all() for layer in engine._cache.memory.layers)
-
-
-@HEADS
-def test_what_is_not_finite_and_not_known_yet_does_not_show_in_others(more):
-    config = LONG.model_copy(update=more)
-    whole, model = random_model(config), broken_at(0, config)
-    *prompts, rest = ([token or 1 for token in prompt] for prompt in random_prompts([12, 60, 100]))
-    expected = [alone(whole, prompt, greedy(20)) for prompt in prompts]
-    assert not any(0 in output for output in expected)
-    engine = Engine(model, 4096, max_step_tokens=16)
-    before = engine.add([1, 2], greedy(100))  # keeps the first block for the broken one
-    requests = [engine.add(prompt, greedy(20)) for prompt in prompts]
-    while not requests[1].output:
-        engine.step()
-    engine.cancel(before)
-    lost = engine.add([0, *rest], greedy(20))
-    run(engine)
-    assert lost.finish == "error"
-    assert [request.output for request in requests] == expected
-
-
-@HEADS
-@pytest.mark.parametrize(
-    ("texts", "cancelled"),
-    [
-        ([[1] * 5 + [0] + [1] * 10, [1] * 5 + [0] + [1] * 30], None),  # all blocks of one are the other's, too
-        ([[1] * 5 + [0] + [1] * 30] * 3, None),  # they end in the same step, each of the same beginning
-        ([[0] + [1] * 99], 0),
-        ([[0] + [1] * 99, [0] + [1] * 98 + [2]], 1),
-    ],
-    ids=["all shared", "together", "let go of", "one let go of"],
-)
-def test_nothing_stays_of_what_is_not_finite(texts, cancelled, more):
-    config = LONG.model_copy(update=more)
-    whole, model = random_model(config), broken_at(0, config)
-    prompts = [[token or 1 for token in prompt] for prompt in random_prompts([8, 5])]
-    engine = Engine(model, 2048, max_step_tokens=64)
-    beside = engine.add(prompts[0], greedy(9))
-    lost = [engine.add(text, greedy(4)) for text in texts]
-    engine.step()
-    if cancelled is not None:
-        engine.cancel(lost[cancelled])
-    run(engine)
-    assert {request.finish for request in lost} <= {"error", "cancelled"}
-    assert beside.output == alone(whole, prompts[0], greedy(9))
-    assert all(layer.isfinite().all() for layer in engine._cache.memory.layers)
-    again = engine.add(prompts[1], greedy(20))
-    run(engine)
-    assert again.output == alone(whole, prompts[1], greedy(20))
-
-
-def test_a_step_that_fails_lets_go_of_what_has_just_ended_too():
-    class Broken:
-        def allowed(self):
-            return None
-
-        def accept(self, token):
-            raise RuntimeError("broken")
-
-    engine = Engine(broken_at(0), 512)
-    ended = [engine.add([1, 2], greedy(1)), engine.add([0], greedy(1)), engine.add([3], greedy(1), constraint=Broken())]
-    with pytest.raises(RuntimeError, match="broken"):
-        engine.step()
-    assert [request.finish for request in ended] == ["length", "error", "error"]
-    assert not engine.is_busy
-    assert engine.pool.num_used == 0
-
-
-def test_prompts_of_which_nothing_finite_comes_are_told():
-    model, (good,) = broken_at(0), random_prompts([20])
-    engine = Engine(model, 512)
-    with pytest.raises(UserError, match="logits are not finite"):
-        engine.generate([[token or 1 for token in good], [1, 0]], greedy(4))
-    assert not engine.is_busy
-    assert engine.pool.num_used == 0
+    assert again.output == greedy_alone(model, prompt, greedy(10))
 
 
 def test_what_is_taken_out_of_the_memory_for_many_texts_stays_small(monkeypatch):
@@ -346,7 +212,7 @@ def test_what_is_taken_out_of_the_memory_for_many_texts_stays_small(monkeypatch)
     engine = Engine(model, 4096)
     requests = [engine.add(prompt, greedy(10)) for prompt in prompts]
     run(engine)
-    assert [request.output for request in requests] == [alone(model, prompt, greedy(10)) for prompt in prompts]
+    assert [request.output for request in requests] == [greedy_alone(model, prompt, greedy(10)) for prompt in prompts]
     assert engine._cache._taken.nbytes < 2**16
 
 
@@ -378,7 +244,9 @@ def test_a_generator_given_makes_the_text():
 
 def test_more_prompts_than_run_at_once():
     model, prompts = random_model(LONG), random_prompts([10, 20, 30, 5, 40, 3])
-    assert generate(model, prompts, greedy(8), max_running=2) == [alone(model, prompt, greedy(8)) for prompt in prompts]
+    assert generate(model, prompts, greedy(8), max_running=2) == [
+        greedy_alone(model, prompt, greedy(8)) for prompt in prompts
+    ]
 
 
 def test_an_engine_is_kept_for_more_than_one_set_of_prompts_and_for_other_requests():
@@ -387,18 +255,18 @@ def test_an_engine_is_kept_for_more_than_one_set_of_prompts_and_for_other_reques
     other = engine.add(prompts[2], greedy(30))
     told = []
     texts = engine.generate(prompts[:2], greedy(10), on_token=lambda row, token: told.append((row, token)))
-    assert texts == [alone(model, prompt, greedy(10)) for prompt in prompts[:2]]
+    assert texts == [greedy_alone(model, prompt, greedy(10)) for prompt in prompts[:2]]
     assert [[token for row, token in told if row == own] for own in (0, 1)] == texts
     assert other.finish is None
     assert len(other.output) >= 10
     run(engine)
-    assert other.output == alone(model, prompts[2], greedy(30))
+    assert other.output == greedy_alone(model, prompts[2], greedy(30))
     assert engine.generate(prompts[:1], greedy(10)) == texts[:1]
     with torch.no_grad():  # as after a step of training
         for parameter in model.parameters():
             parameter.mul_(1.2)
     engine.forget()
-    assert engine.generate(prompts[:1], greedy(10)) == [alone(model, prompts[0], greedy(10))]
+    assert engine.generate(prompts[:1], greedy(10)) == [greedy_alone(model, prompts[0], greedy(10))]
     with pytest.raises(ConfigError, match="prompt 1 is empty"):
         engine.generate([[1], []], greedy(3))
     assert not engine.is_busy
@@ -416,6 +284,6 @@ def test_prompts_that_are_left_in_the_middle_are_let_go_of(error):
     with pytest.raises(error, match="enough"):
         engine.generate(prompts, greedy(12), on_token=leave)
     run(engine)
-    assert kept.output == alone(model, other, greedy(12))
+    assert kept.output == greedy_alone(model, other, greedy(12))
     assert engine.pool.num_free == engine.pool.num_blocks
     assert engine.generate(prompts, greedy(12)) == generate(model, prompts, greedy(12))

@@ -24,6 +24,11 @@ CONFIGS = {
 # Heads of 8 go by PyTorch's operators, heads of 16 by functions in C where there is a compiler.
 CONFIGS |= {f"{name}, heads of 16": config.model_copy(update={"head_dim": 16}) for name, config in CONFIGS.items()}
 CPU = torch.device("cpu")
+LONG = ModelConfig(
+    **(CONFIGS["biases, heads of 16"].model_dump(exclude_none=True, by_alias=True) | {"max_position_embeddings": 256})
+)
+HEADS_OF_8 = {"head_dim": 8}
+"""By PyTorch's operators."""
 
 
 def random_model(config, seed=0):
@@ -46,3 +51,22 @@ def full_logits(model, tokens, rope_length):
 def random_prompts(lengths, vocab_size=97, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def run(engine):
+    """All events until nothing is left to do."""
+    events = []
+    while engine.is_busy:
+        events += engine.step()
+    return events
+
+
+def greedy_alone(model, prompt, params, rope_length=0):
+    """Greedy text by full forward passes."""
+    tokens = list(prompt)
+    for _ in range(params.max_new_tokens):
+        token = int(full_logits(model, tokens, rope_length)[-1].argmax())
+        if token in params.stop_ids:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]

@@ -57,7 +57,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, RecursionError):
         return ApiError(400, "the request is nested too deeply; make it flatter")
     if isinstance(error, RequestValidationError):
-        return _of_validation(error.errors())
+        return _of_validation(error.errors(), error.body)
     if isinstance(error, HTTPException):
         told = {404: "there is nothing at this path; see /v1/models", 405: "this path doesn't take this method"}
         return ApiError(error.status_code, told.get(error.status_code, str(error.detail)), headers=error.headers)
@@ -92,10 +92,13 @@ def dumps(content: Any) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _of_validation(errors: Sequence[Any]) -> ApiError:
+def _of_validation(errors: Sequence[Any], body: Any) -> ApiError:
     """Tell the first thing that is wrong with a body, by the name of its field."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    places = [_place(error, body) for error in errors]
+    # A field that may be of several types has an error by each; the one that came furthest is of what was meant.
+    alike = [i for i, place in enumerate(places) if place[:1] == places[0][:1]]
+    furthest = max(alike, key=lambda i: len(places[i]))
+    first, place = errors[furthest], places[furthest]
     param = ".".join(place) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -104,5 +107,18 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
         param, message = None, f"the body isn't JSON ({first.get('ctx', {}).get('error', 'unreadable')})"
     elif not place and first["type"] != "value_error":
         message = f"the body must be a JSON object, sent as application/json ({message})"
-    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    more = len({place[:1] for place in places}) - 1
+    others = f" (and {more} more)" if more else ""
     return ApiError(400, (f"{param}: {message}" if param else message) + others, param=param, code=first["type"])
+
+
+def _place(error: Any, body: Any) -> tuple[str, ...]:
+    """Return where in a body an error is, without the types that were tried."""
+    found: list[str] = []
+    for part in error["loc"][1:]:  # behind "body"
+        if (isinstance(body, Mapping) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            body = body[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        found.append(str(part))
+    return tuple(found)

@@ -228,6 +228,28 @@ def test_the_field_that_is_wrong_is_named(http):
     assert error["message"] == "colour: is not known here; leave it out"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (COMPLETE, {"prompt": "x", "stop": [""]}, "stop.0: String should have at least 1 character"),
+        (COMPLETE, {"prompt": "x", "stop": 5}, "stop: Input should be a valid string"),
+        (COMPLETE, {"prompt": [1, "a"]}, "prompt.1: Input should be a valid integer"),
+        (COMPLETE, {"prompt": [[1, -2]]}, "prompt.0.1: Input should be greater than or equal to 0"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text: Field required",
+        ),
+        (CHAT, {}, "messages: Field required"),
+        (CHAT, {"messages": ASK, "n": 0, "top_p": 3}, "n: Input should be greater than or equal to 1 (and 1 more)"),
+    ],
+)
+def test_the_place_that_is_wrong_is_told_without_the_types_that_were_tried(http, path, body, message):
+    error = check(post(http, path, {"model": "tiny", **body}))
+    assert error["message"] == message
+    assert error["param"] == message.split(":")[0]
+
+
 @pytest.mark.parametrize(("kind", "body"), CROWDS.values(), ids=CROWDS)
 def test_of_many_faults_the_first_are_told(kind, body):
     """A list of all would take gigabytes, and the server's time."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import uvicorn
 
+from ternlm.config.section import UserError
 from ternlm.serve.address import url_of
 from ternlm.serve.guard import Gate
 
@@ -31,7 +32,8 @@ def run(
 ) -> None:
     """Serve until SIGINT or SIGTERM comes, then let what runs go on for `grace` seconds at most.
 
-    announce: called with the URL once requests are served. A second signal ends what runs at once.
+    announce: called with the URL once requests are served. A second signal ends what runs at once. Raises UserError
+    where another has opened the port since it was taken.
     """
     asyncio.run(_run(app, backend, gate, bound, grace, announce))
 
@@ -67,7 +69,10 @@ async def _run(
         await backend.close(0.0)
     await closing
     server.should_exit = True
-    await serving
+    try:
+        await serving
+    except OSError as error:  # two may have taken a port while neither was open
+        raise UserError(f"{url} can't be opened ({error.strerror}); choose another --port") from error
 
 
 class _Server(uvicorn.Server):

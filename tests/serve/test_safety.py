@@ -12,8 +12,10 @@ import httpx
 import pytest
 from served import ROOT, events_of, serving, tern_serve, wait_until, write_tiny
 
-from ternlm.config.section import ConfigError
+from ternlm.config.section import ConfigError, UserError
 from ternlm.serve.address import bind, check_host
+from ternlm.serve.guard import Gate
+from ternlm.serve.run import run
 
 COMPLETE = "/v1/completions"
 LONG = {"model": "tiny", "prompt": "The tern", "max_tokens": 400, "ignore_eos": True}
@@ -201,6 +203,21 @@ def test_a_port_that_cannot_be_had_is_refused():
             bind("127.0.0.1", other.getsockname()[1])
     with pytest.raises(ConfigError, match=r"--host no.such.host.invalid --port 0 can't be used"):
         bind("no.such.host.invalid", 0)
+
+
+def test_a_port_that_another_opens_while_the_model_loads_is_told():
+    ours = bind("127.0.0.1", 0)
+    closed, told = [], []
+
+    class Backend:
+        async def close(self, seconds):
+            closed.append(seconds)
+
+    with bind("127.0.0.1", ours.getsockname()[1]) as other:
+        other.listen()
+        with pytest.raises(UserError, match=r"http://127.0.0.1:\d+ can't be opened \(Address already in use\); choose"):
+            run(None, Backend(), Gate(), ours, 30.0, told.append)
+    assert (closed, told) == ([30.0], [])
 
 
 def test_a_server_that_may_not_start_says_why_before_it_looks_for_the_model():

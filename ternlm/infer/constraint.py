@@ -4,7 +4,6 @@ Grammars are llguidance's Lark, in which `%json {...}` stands for what keeps to 
 token. Without the library nothing here works, and nothing else needs it.
 """
 
-import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from ternlm.config.section import ConfigError
 from ternlm.data.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
+from ternlm.infer.request import GivenUp
 
 INSTALL = "pip install llguidance"
 
@@ -54,7 +52,7 @@ class Grammars:
 
 
 class GrammarConstraint:
-    """As `Constraint`: which tokens the grammar lets come next. Raises nothing: a text that can't go on ends."""
+    """As `Constraint`: which tokens the grammar lets come next."""
 
     def __init__(
         self, matcher: Any, num_tokens: int, vocab_size: int, stop_ids: Collection[int], device: torch.device
@@ -73,9 +71,10 @@ class GrammarConstraint:
             allowed_V[: len(bits)] = bits
             allowed_V[self._stop] = matcher.is_accepting()
         if matcher.is_error():
-            logger.warning("a grammar was given up, and its text ended: %s", _first_lines(matcher.get_error()))
-            allowed_V[:] = False
+            raise GivenUp(f"a grammar was given up: {_first_lines(matcher.get_error())}")
         if not allowed_V.any():
+            if not matcher.is_stopped():
+                raise GivenUp("a grammar lets nothing come next")
             allowed_V[self._stop] = True
         return torch.from_numpy(allowed_V).to(self._device)
 

@@ -4,6 +4,7 @@ Tokens in, tokens out: text is for others. One thread at a time may use an engin
 what training changes is what the next step computes with; `forget` then says that what is stored is out of date.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,11 +17,22 @@ from ternlm.infer.key_values import Piece
 from ternlm.infer.native import make_cache
 from ternlm.infer.pages import BLOCK, BlockPool
 from ternlm.infer.params import SamplingParams
-from ternlm.infer.request import Constraint, Event, Finish, Request
-from ternlm.infer.sampling import NOT_FINITE, Logprobs, are_finite, logprobs_of, make_generator, make_generators, sample
+from ternlm.infer.request import Constraint, Event, Finish, GivenUp, Request
+from ternlm.infer.sampling import (
+    NOT_FINITE,
+    Logprobs,
+    Row,
+    are_finite,
+    logprobs_of,
+    make_generator,
+    make_generators,
+    sample,
+)
 from ternlm.infer.scheduler import Scheduler, Share
 from ternlm.model.decoder import CausalLM
 from ternlm.ops.onednn import round_rows
+
+_log = logging.getLogger(__name__)
 
 _LOGIT_ROWS = 64
 """Rows of logits that are made at a time where a prompt's own are wanted."""
@@ -170,7 +182,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one forward pass; return what it brought. Nothing to do: nothing returned.
 
-        A text whose logits aren't finite ends as "error"; what else is wrong is raised, and every request has ended.
+        A text whose logits aren't finite, or whose constraint is given up, ends as "error", and the log says why; what
+        else is wrong is raised, and every request has ended.
         """
         shares = self.scheduler.plan()
         if not shares:
@@ -222,25 +235,28 @@ class Engine:
             share.request.num_stored += len(share.tokens)
         lost = []
         if pending:  # its last token has read all that is stored
-            lost = self._lose(pending, hidden_TD[torch.tensor(ends, device=self.device)].isfinite().all(-1).tolist())
+            ends_PD = hidden_TD[torch.tensor(ends, device=self.device)]
+            lost = self._lose(pending, _logged(ends_PD.isfinite().all(-1).tolist()))
         if not ready:
             return lost
         places += places[:1] * (self._rows(len(places)) - len(places))
         logits_BV = self._model.lm_head(hidden_TD[torch.tensor(places, device=self.device)])[: len(ready)]
-        good = are_finite(logits_BV)
+        finite = _logged(are_finite(logits_BV))
+        rows = [_row_of(request) if fine else None for request, fine in zip(ready, finite, strict=True)]
+        good = [row is not None for row in rows]
         if not all(good):
             lost += self._lose(ready, good)
             ready = [request for request, fine in zip(ready, good, strict=True) if fine]
             if not ready:
                 return lost
             logits_BV = logits_BV[torch.tensor(good, device=self.device)]
-        tokens = sample(logits_BV, [request.row() for request in ready])
+        tokens = sample(logits_BV, [row for row in rows if row is not None])
         logprobs = self._logprobs(logits_BV, tokens, ready)
         return lost + [self._event(*each) for each in zip(ready, tokens, logprobs, strict=True)]
 
-    def _lose(self, requests: Sequence[Request], finite: Sequence[bool]) -> list[Event]:
-        """End texts that aren't finite, and what is stored of them alone: it would spoil who comes next."""
-        lost = [request for request, fine in zip(requests, finite, strict=True) if not fine]
+    def _lose(self, requests: Sequence[Request], good: Sequence[bool]) -> list[Event]:
+        """End texts that can't go on, and what is stored of them alone: not finite, it would spoil who comes next."""
+        lost = [request for request, fine in zip(requests, good, strict=True) if not fine]
         for request in lost:
             assert request.pages is not None
             self._cache.memory.clear(self.pool.disown(request.pages))
@@ -288,6 +304,22 @@ class Engine:
             self.scheduler.remove(request)
         self.pool.forget()
         self._cache.memory.clear()
+
+
+def _logged(finite: list[bool]) -> list[bool]:
+    """Return what is given; log those that aren't."""
+    if not all(finite):
+        _log.error("%d texts were ended: %s", finite.count(False), NOT_FINITE)
+    return finite
+
+
+def _row_of(request: Request) -> Row | None:
+    """Return what the next token depends on; None where its constraint is given up."""
+    try:
+        return request.row()
+    except GivenUp as error:
+        _log.error("a text was ended: %s", error)
+        return None
 
 
 def generate(

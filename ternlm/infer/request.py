@@ -15,11 +15,15 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 """Why a text ended: by a stop token or what its reader stops at, by its length, let go of, or since it can't go on."""
 
 
+class GivenUp(Exception):
+    """A text can't go on as its constraint demands."""
+
+
 class Constraint(Protocol):
     """What a text must keep to, token by token."""
 
     def allowed(self) -> Tensor | None:
-        """Return which tokens may come next, bool (V,); None: all."""
+        """Return which tokens may come next, bool (V,); None: all. Raises GivenUp, which ends the text."""
 
     def accept(self, token: int) -> None:
         """Go on by a token that was allowed."""

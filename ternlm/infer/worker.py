@@ -19,7 +19,6 @@ from ternlm.config.section import UserError
 from ternlm.infer.engine import Engine
 from ternlm.infer.params import SamplingParams
 from ternlm.infer.request import Constraint, Event, Finish, Request
-from ternlm.infer.sampling import NOT_FINITE
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +235,6 @@ class EngineThread:
             self._tell([Event(request, None, None, "error") for request in (*before[0], *before[1])])
             return
         self._counts["steps"] += 1
-        if lost := sum(event.finish == "error" for event in events):
-            logger.error("%d texts can't go on: %s", lost, NOT_FINITE)
         self._tell(events)
 
     def _tell(self, events: Sequence[Event]) -> None:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ternlm.config.section import ConfigError
 from ternlm.data.tokenizer import Tokenizer
 from ternlm.serve.requests import Function, ResponseFormat
 from ternlm.serve.tool_calls import ToolFormat
@@ -26,21 +25,21 @@ def grammar_of_format(form: ResponseFormat | None) -> str | None:
 
 def grammar_of_calls(form: ToolFormat, tokenizer: Tokenizer, functions: Sequence[Function], several: bool) -> str:
     """Return the grammar of an answer that calls one of the functions, or several times, and says nothing else."""
-    choices = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function.name},
-                form.arguments: function.parameters or _NOTHING,
-            },
-            "required": ["name", form.arguments],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    # Definitions in a function's schema are looked for at the top.
-    definitions = _definitions(functions)
-    call = _json({"anyOf": choices, **definitions} if len(choices) > 1 else {**choices[0], **definitions})
+    choices = []
+    for index, function in enumerate(functions):
+        place = f"#/anyOf/{index}/properties/{form.arguments}"
+        choices.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    form.arguments: _moved(function.parameters or _NOTHING, place),
+                },
+                "required": ["name", form.arguments],
+                "additionalProperties": False,
+            }
+        )
+    call = _json({"anyOf": choices})
     special = {tokenizer.token_of(index) for index in form.marks(tokenizer)}
     begin, end = (_text(part, special) for part in (form.begin, form.end))
     if not begin:
@@ -49,18 +48,17 @@ def grammar_of_calls(form: ToolFormat, tokenizer: Tokenizer, functions: Sequence
     return f'start: {begin} "\\n" call "\\n"? {end}{more}\ncall: {call}'
 
 
-def _definitions(functions: Sequence[Function]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key in ("$defs", "definitions"):
-        merged: dict[str, Any] = {}
-        for function in functions:
-            own = (function.parameters or {}).get(key)
-            for name, schema in own.items() if isinstance(own, Mapping) else ():
-                if merged.setdefault(name, schema) != schema:
-                    raise ConfigError(f"two tools define {name[:64]!r} differently; give one of them another name")
-        if merged:
-            found[key] = merged
-    return found
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema that stands at a place of another one: what it refers to within itself is found there."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    own = schema.get("$ref")
+    if isinstance(own, str) and (own == "#" or own.startswith("#/")):
+        moved["$ref"] = place + own[1:]
+    return moved
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -135,7 +135,7 @@ def test_a_text_of_which_nothing_finite_comes_is_told_alone_and_logged(thread, i
     good, bad = (running.submit(tokens, greedy(20)) for tokens in ([token or 1 for token in prompt], [5, 0, 6]))
     assert inbox.wait(bad) == ([], "error")
     assert inbox.wait(good) == (good.output, "length")
-    assert "1 texts can't go on: the model's logits are not finite" in caplog.text
+    assert "1 texts were ended: the model's logits are not finite" in caplog.text
     assert (running.load().running, running.load().used_blocks) == (0, 0)
 
 

@@ -1,6 +1,7 @@
 """What the server answers is what the engine says: the same tokens, probabilities and texts, streamed or not."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -183,3 +184,50 @@ def test_without_the_library_grammars_are_refused_and_the_rest_is_served(monkeyp
         assert answer.status_code == 400
         assert "pip install llguidance" in answer.json()["error"]["message"]
         chat(http)
+
+
+LEAF = {"enum": [1]}
+TREE = {
+    "type": "object",
+    "properties": {
+        "v": LEAF,
+        "w": {"$ref": "#/properties/v"},
+        "x": {"$ref": "#/$defs/x"},
+        "more": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1},
+    },
+    "required": ["v", "w", "x", "more"],
+    "additionalProperties": False,
+    "$defs": {"x": {"enum": ["one"]}},
+}
+OTHER = {"type": "object", "properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"enum": ["two"]}}}
+
+
+@pytest.mark.skipif(find_spec("llguidance") is None, reason="pip install llguidance")
+@pytest.mark.parametrize("num_tools", [1, 2])
+def test_what_a_tools_schema_refers_to_is_its_own(http, num_tools):
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in [("tree", TREE), ("other", OTHER)]
+    ][:num_tools]
+    body = {"model": "tiny", "messages": ASK, "tools": tools, "max_tokens": 240, "seed": 1}
+    answer = http.post(CHAT, json={**body, "tool_choice": {"type": "function", "function": {"name": "tree"}}})
+    assert answer.status_code == 200, answer.text
+    (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+    found = [json.loads(call["function"]["arguments"])]
+    while found:
+        given = found.pop()
+        assert {key: value for key, value in given.items() if key != "more"} == {"v": 1, "w": 1, "x": "one"}
+        found += given["more"]
+
+
+@pytest.mark.skipif(find_spec("llguidance") is None, reason="pip install llguidance")
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_as_it_must_is_an_error_not_an_end(http, server, stream, caplog):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    body = {"model": "tiny", "messages": ASK, "response_format": form, "stream": stream}
+    answer = http.post(CHAT, json=body)
+    told = events_of(answer.text)[0] if stream else answer.json()
+    assert answer.status_code == (200 if stream else 500)
+    assert told["error"]["code"] == "internal_error"
+    assert "a text was ended: a grammar was given up" in caplog.text
+    assert server.is_free()

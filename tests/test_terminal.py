@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ternlm.cli.terminal import Aside, Conversation, talk
+from ternlm.config.section import ConfigError
 
 
 class Partner:
@@ -143,3 +144,30 @@ def test_commands_that_cant_be_done_say_so_and_others_are_there(conversation, sa
     assert "No such file" in out[2]
     assert conversation.messages == []
     assert any(line.startswith("/regenerate") for line in out)
+
+
+def test_what_the_input_ends_within_is_asked(conversation, say):
+    assert say('"""one', "two") == ["1 at 0.5"]
+    assert contents(conversation)[0] == "one\ntwo"
+
+
+def test_a_file_nested_too_deeply_is_told(conversation, say, tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    assert "recursion" in say(f"/load {tmp_path}/deep.json")[0]
+
+
+def test_bytes_that_the_terminal_does_not_know_end_nothing(conversation, monkeypatch):
+    told = io.BytesIO()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("燕?\n".encode()), "ascii"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(told, "ascii", write_through=True))
+    conversation.answer = lambda messages, settings: iter(["燕"])
+    talk(conversation)
+    assert told.getvalue() == b"?\n"
+    assert contents(conversation)[0].endswith("?")
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout"])
+def test_without_an_input_or_output_there_is_no_conversation(conversation, monkeypatch, closed):
+    monkeypatch.setattr(f"sys.{closed}", None)
+    with pytest.raises(ConfigError, match="one of them is closed"):
+        talk(conversation)

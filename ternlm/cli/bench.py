@@ -1,6 +1,7 @@
 """The verbs of `tern bench`."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,9 @@ def bench_serve(
         raise ConfigError(f"tern bench serve needs {error.name}; pip install 'ternlm[serve]'") from error
     if rate is not None and not 0 < rate < math.inf:
         raise ConfigError(f"--rate {rate} must be above 0")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise ConfigError(f"--out {out} must be a file in a folder that is there; make {out.parent} or name another")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else each request is a line
     asked = draw(requests, Mix(prompt_words, output_tokens, shared_words), seed)
     report, _ = asyncio.run(
         run_load(

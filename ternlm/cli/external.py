@@ -1,6 +1,7 @@
 """`tern serve` by an engine that isn't TernLM's: a model in a form that it reads, its process, and its end."""
 
 import logging
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,23 +29,13 @@ class External:
     kv_tokens: int | None
     max_running: int
 
-    def refuse(self, given: Mapping[str, tuple[Any, Any]]) -> None:
-        """Raise ConfigError for options, by name with their value and their default, that the engine doesn't take."""
-        from ternlm.config.section import ConfigError
-
-        for option, (value, default) in given.items():
-            if value != default:
-                raise ConfigError(f"{option} {value} has no effect with --engine {self.engine}; leave it out")
-
     def start(self, model: Path) -> Any:
         """Return how the engine serves a model in a form that it reads, as `Start`."""
-        import shlex
-
         from ternlm.serve.external import Start
         from ternlm.train.precision import choose_device
 
         if self.engine != "llamacpp":
-            self.refuse({"--kv-tokens": (self.kv_tokens, None)})
+            refuse(self.engine, {"--kv-tokens": (self.kv_tokens, None)})
         return Start(
             engine=self.engine,
             model=model,
@@ -55,8 +46,29 @@ class External:
             max_running=self.max_running,
             kv_tokens=self.kv_tokens,
             protocol=self.protocol,
-            more=tuple(part for text in self.arguments or [] for part in shlex.split(text)),
+            more=self.words(),
         )
+
+    def words(self) -> tuple[str, ...]:
+        """Return the arguments for the engine's command. Raises ConfigError where quotes don't match."""
+        import shlex
+
+        from ternlm.config.section import ConfigError
+
+        try:
+            return tuple(part for text in self.arguments or [] for part in shlex.split(text))
+        except ValueError as error:
+            raise ConfigError(f"--engine-args {self.arguments} can't be read ({error}); mend the quotes") from error
+
+
+def refuse(engine: str, given: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise ConfigError for options, by name with their value and their default, that an engine doesn't take."""
+    from ternlm.config.section import ConfigError
+
+    for option, (value, default) in given.items():
+        if value != default:
+            told = value if isinstance(value, (str, int, float)) else " ".join(value)
+            raise ConfigError(f"{option} {told} has no effect with --engine {engine}; leave it out")
 
 
 def serve_external(external: External, bound: Any, rules: Any, max_open: int, grace: float, seconds: float) -> None:
@@ -70,6 +82,8 @@ def serve_external(external: External, bound: Any, rules: Any, max_open: int, gr
     from ternlm.serve.proxy import Proxy, make_proxy_app
     from ternlm.serve.run import run
 
+    external.words()  # before anything is written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was written until it serves is taken away
     check_installed(external.engine, external.python or sys.executable)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else each look whether the engine serves is a line
     with readable_model(external) as path:

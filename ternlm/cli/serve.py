@@ -1,5 +1,6 @@
 """The verb `tern serve`."""
 
+import math
 import os
 import sys
 import time
@@ -76,6 +77,9 @@ def serve(
     from ternlm.config.section import ConfigError
     from ternlm.serve.address import bind, check_host, is_local
 
+    for option, number in (("--max-body-mib", max_body_mib), ("--grace", grace), ("--start-seconds", start_seconds)):
+        if not number < math.inf:  # NaN neither
+            raise ConfigError(f"{option} {number} must be a finite number; give one, or leave it out")
     check_host(host, api_key)
     bound = bind(host, port)
     try:
@@ -84,16 +88,18 @@ def serve(
         raise ConfigError(f"tern serve needs {error.name}; pip install 'ternlm[serve]'") from error
     rules = Rules(api_key, int(max_body_mib * 2**20), api_key is None and is_local(host), log_requests)
     named, most = name or Path(model).stem, max_running + max_waiting
+    from ternlm.cli.external import External, refuse, serve_external
+
     if engine == "torch":
+        others = {"--engine-python": (engine_python, None), "--engine-args": (engine_args, None)}
+        refuse(engine, others | {"--start-seconds": (start_seconds, 900.0)})
         with _own_engine(model, device, dtype, base, kv_tokens, max_running, max_step_tokens) as (opened, own, home):
             _serve_own(opened, own, home, named, protocol, max_waiting, rules, bound, grace)
         return
-    from ternlm.cli.external import External, serve_external
-
     external = External(
         engine, model, base, named, device, dtype, protocol, engine_python, engine_args, kv_tokens, max_running
     )
-    external.refuse({"--max-step-tokens": (max_step_tokens, 512)})
+    refuse(engine, {"--max-step-tokens": (max_step_tokens, 512)})
     serve_external(external, bound, rules, most, grace, start_seconds)
 
 

@@ -1,6 +1,7 @@
 """A conversation in a terminal: lines in, answers that appear as they are made; with whom, it doesn't know."""
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,6 +116,13 @@ _KINDS = {float: "a number", int: "a whole number", str: "a text", bool: "true o
 
 def talk(conversation: Conversation) -> None:
     """Ask for lines until the input ends."""
+    if sys.stdin is None or sys.stdout is None:
+        from ternlm.config.section import ConfigError
+
+        raise ConfigError("a conversation needs a standard input and output, and one of them is closed; open both")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -142,7 +150,10 @@ def _read(interactive: bool) -> str:
     lines, line = [], line[3:]
     while not line.endswith('"""'):
         lines.append(line)
-        line = _line("... " if interactive else "", strip=False)
+        try:
+            line = _line("... " if interactive else "", strip=False)
+        except EOFError:  # what was said isn't lost
+            return "\n".join(lines).strip()
     return "\n".join([*lines, line[:-3]]).strip()
 
 
@@ -186,7 +197,7 @@ def _command(conversation: Conversation, name: str = "", rest: str = "") -> bool
                 print(_HELP)
             case _:
                 print(f"[there is no /{name}; /help tells what there is]")
-    except (OSError, ValueError) as trouble:
+    except (OSError, ValueError, RecursionError) as trouble:
         print(f"[{trouble}]")
     return True
 

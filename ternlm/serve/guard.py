@@ -56,7 +56,7 @@ class Guard:
         """answered: told of each answer's route, one of `routes` or "other", and status."""
         self._app, self._rules, self._gate, self._answered = app, rules, gate, answered
         self._routes = frozenset(routes)
-        self._key = None if rules.api_key is None else _digest(rules.api_key.encode())
+        self._key = None if rules.api_key is None else _digest(rules.api_key.encode(errors="surrogateescape"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -43,7 +43,7 @@ class Proxy:
         """max_open: requests at the same time; more are refused."""
         self._process, self._max_open = process, max_open
         self._session: aiohttp.ClientSession | None = None
-        self._open, self._has_ended = 0, False
+        self._open, self._has_ended, self._is_end_told = 0, False, False
         self._none_open = asyncio.Event()
         self._none_open.set()
 
@@ -126,10 +126,17 @@ class Proxy:
             return shutting_down()
         # Not %r, which may have the headers of the request.
         logger.warning("the engine didn't answer: %s: %s", type(error).__name__, error)
+        self.tell_end()
         if isinstance(error, TimeoutError) and self.is_alive:
             message = "the engine is too busy to answer; try later"
             return ApiError(503, message, code="overloaded", headers={"Retry-After": "5"})
         return ApiError(502, "the engine doesn't answer; its server's log says why", code="engine_dead")
+
+    def tell_end(self) -> None:
+        """Log what the engine said last, once, if it has ended by itself."""
+        if not (self.is_alive or self._has_ended or self._is_end_told):
+            self._is_end_told = True
+            logger.error("the engine has ended; it said:\n%s", self._process.said())
 
     @property
     def is_alive(self) -> bool:
@@ -176,6 +183,7 @@ def make_proxy_app(proxy: Proxy, rules: Rules, gate: Gate) -> FastAPI:
             return as_api_error(error).response()
 
     async def health() -> Response:
+        proxy.tell_end()
         if not proxy.is_alive:
             raise ApiError(503, "the engine has ended; start the server anew", code="engine_dead")
         return json_response({"status": "ok", "running": proxy.num_open})

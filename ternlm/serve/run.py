@@ -43,8 +43,13 @@ async def _run(
 ) -> None:
     url, loop = url_of(bound), asyncio.get_running_loop()
     told, again = asyncio.Event(), asyncio.Event()
+
+    def hear() -> None:
+        (again if told.is_set() else told).set()
+        server.force_exit = server.should_exit  # once all has been cut there is nothing more to wait for
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, lambda: (again if told.is_set() else told).set())
+        loop.add_signal_handler(number, hear)
     settings = uvicorn.Config(
         app,
         log_config=None,

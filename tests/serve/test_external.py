@@ -192,12 +192,29 @@ def test_an_engine_that_ends_before_it_serves_says_why(tmp_path: Path) -> None:
 
 
 def test_options_that_another_engine_doesnt_take_are_refused(tmp_path: Path) -> None:
-    ignored = "--max-step-tokens 64 has no effect with --engine llamacpp"
-    for words, told in [(["llamacpp", "--max-step-tokens", "64"], ignored), (["nothing"], "nothing")]:
+    for words, told in [
+        (["llamacpp", "--max-step-tokens", "64"], "--max-step-tokens 64 has no effect with --engine llamacpp"),
+        (["torch", "--engine-args", "--x 3"], "--engine-args --x 3 has no effect with --engine torch"),
+        (["llamacpp", "--engine-args", 'a "b'], "can't be read (No closing quotation); mend the quotes"),
+        (["torch", "--max-body-mib", "inf"], "--max-body-mib inf must be a finite number"),
+        (["nothing"], "nothing"),
+    ]:
         serve = [sys.executable, "-m", "ternlm", "serve", str(tmp_path), "--port", "0", "--engine", *words]
         done = subprocess.run(serve, capture_output=True, text=True)
         assert done.returncode == 2
         assert told in done.stderr
+
+
+@needs_llamacpp
+def test_told_to_end_before_it_serves_nothing_stays(tmp_path: Path) -> None:
+    checkpoint, scratch = write_tiny(tmp_path / "tiny"), tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "ternlm", "serve", str(checkpoint), "--engine", "llamacpp", "--port", "0"]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, stderr=subprocess.DEVNULL)
+    wait_until(lambda: list(scratch.glob("ternlm-serve-*/model.gguf*")))
+    process.terminate()
+    assert process.wait(30) == 143
+    assert not list(scratch.iterdir())
 
 
 def test_the_keeper_ends_all_that_a_command_started() -> None:

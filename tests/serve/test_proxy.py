@@ -40,6 +40,9 @@ class Engine:
         self.url = url_of(self._bound)
         threading.Thread(target=self._serve, daemon=True).start()
 
+    def said(self) -> str:
+        return "no memory left"
+
     def end(self) -> None:
         self.is_alive = False
         self._ended.set()
@@ -169,14 +172,17 @@ def test_headers_that_cannot_be_written_again_are_left_out() -> None:
         assert "retry-after" not in answer.headers
 
 
-def test_busy_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_is_not_dead(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(proxy_module, "_TELL_SECONDS", 0.3)
     with front(None) as served:
         busy = served.http.get("/v1/models/tern")
         assert (busy.status_code, busy.json()["error"]["code"]) == (503, "overloaded")
         assert busy.headers["retry-after"] == "5"
         served.engine.is_alive = False
+        assert "no memory left" not in caplog.text
         dead = served.http.get("/v1/models/tern")
+        assert served.http.get("/health").status_code == 503
+        assert caplog.text.count("the engine has ended; it said:\nno memory left") == 1
         assert (dead.status_code, dead.json()["error"]["code"]) == (502, "engine_dead")
 
 

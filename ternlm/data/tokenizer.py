@@ -17,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from ternlm.data.atomic import write_atomically
 from ternlm.data.errors import DataError
 from ternlm.data.sentencepiece import SPACE, build_bpe, parse_model
-from ternlm.data.typed import ChatEncoder
+from ternlm.data.typed import ChatEncoder, encode_text
 
 TOKENIZER_FILE, MODEL_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]")
@@ -32,8 +32,6 @@ _PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 _OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTED)
 _BYTES = {chr(byte): bytes([byte]) for byte in _PRINTED} | {chr(256 + i): bytes([b]) for i, b in enumerate(_OTHERS)}
 """GPT-2's alphabet: characters that stand for bytes."""
-_LONG = 20_000
-"""Characters from which on a text takes milliseconds."""
 
 
 class Tokenizer:
@@ -62,11 +60,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text, without bos and eos."""
-        return _encode(self._backend, text)
+        return encode_text(self._backend, text)
 
     def encode_markup(self, text: str) -> list[int]:
         """Encode a text in which special tokens mean themselves, such as what a chat template adds."""
-        return _encode(self._markup, text)
+        return encode_text(self._markup, text)
 
     def markup_in(self, text: str) -> list[str]:
         """List the special and other added tokens that `encode_markup` finds in a text, in order."""
@@ -218,13 +216,6 @@ class Tokenizer:
             return None if token is None else self.id_of(token)
         ids = [self._backend.token_to_id(name) for name in known]
         return next((index for index in ids if index in self.special_ids), None)
-
-
-def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    if len(text) < _LONG:
-        return list(backend.encode(text, add_special_tokens=False).ids)
-    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)  # which lets other threads go on
-    return list(encoding.ids)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

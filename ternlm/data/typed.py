@@ -17,7 +17,17 @@ import tokenizers
 # What a model says of its own accord, and templates look for: in its turns these are tokens, as it made them.
 _OWN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _TAILS = 4096
+_LONG = 20_000
+"""Characters from which on a text takes milliseconds."""
 _PRIVATE = (range(0xE001, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+
+def encode_text(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Return a text's ids, without those of its beginning and end. Other threads go on while a long one is encoded."""
+    if len(text) < _LONG:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)  # a single one would hold Python's lock
+    return list(encoding.ids)
 
 
 class ChatEncoder:
@@ -44,7 +54,7 @@ class ChatEncoder:
 
     def encode_typed(self, text: str) -> list[int]:
         """Encode what somebody typed: no special or added token of several characters, whatever the text looks like."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return encode_text(self._plain, text)
 
     def encode(
         self,

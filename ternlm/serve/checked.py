@@ -190,6 +190,10 @@ def _params(
     own = frozenset(request.stop_token_ids or ())
     if any(token >= served.vocab_size for token in own):
         raise ConfigError(f"stop_token_ids must be of the vocabulary, 0 to {served.vocab_size - 1}; leave others out")
+    least = request.min_tokens or 0
+    if least > room:
+        message = f"min_tokens = {least} is more than the {room} that there may be at most; lower it"
+        raise ApiError(400, message, param="min_tokens")
     return SamplingParams(
         max_new_tokens=room,
         temperature=1.0 if request.temperature is None else request.temperature,
@@ -202,6 +206,6 @@ def _params(
         logit_bias=tuple((int(key), value) for key, value in (request.logit_bias or {}).items()),
         seed=seed,
         stop_ids=own if request.ignore_eos else own | ends,
-        min_new_tokens=request.min_tokens or 0,
+        min_new_tokens=least,
         logprobs=logprobs,
     )

@@ -141,7 +141,7 @@ def _digest(key: bytes) -> bytes:
 
 
 def _names_local(host: bytes) -> bool:
-    name = host.decode("latin-1")
-    if name.startswith("["):
-        return is_local(name.partition("]")[0] + "]")
-    return is_local(name.partition(":")[0])
+    name, mark, rest = host.decode("latin-1").lower().partition("]")
+    if mark:
+        return is_local(name + mark) and rest[:1] in ("", ":")
+    return is_local(name.partition(":")[0].removesuffix("."))

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -165,3 +167,25 @@ def test_bytes_of_tokens_are_refused_where_the_spelling_is_unknown():
     content = json.loads(backend.to_str()) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     with pytest.raises(DataError, match="decoder WordPiece"):
         Tokenizer(json.dumps(content)).token_bytes()
+
+
+@pytest.mark.parametrize("name", ["encode", "encode_markup", "encode_typed"])
+def test_others_go_on_while_a_long_text_is_encoded(name):
+    tokenizer = train_bpe(iter(["the tern flies far"] * 20), 265)
+    text, ended, longest = "the tern flies far, " * 100_000, threading.Event(), 0.0
+
+    def watch():
+        nonlocal longest
+        last = time.perf_counter()
+        while not ended.wait(0.002):
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    began = time.perf_counter()
+    ids = getattr(tokenizer, name)(text)
+    passed = time.perf_counter() - began
+    ended.set()
+    thread.join()
+    assert longest < passed / 2
+    assert ids == getattr(tokenizer, name)("the tern flies far, ") * 100_000

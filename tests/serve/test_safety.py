@@ -47,11 +47,17 @@ def test_with_a_key_every_route_but_health_needs_it():
         assert http.get("/v1/models", headers={"Host": "elsewhere.org", **right}).status_code == 200
 
 
+def test_a_key_may_be_of_any_bytes():
+    with serving(api_key="k\udcff") as server, server.http() as http:
+        assert http.get("/v1/models").status_code == 401
+        assert http.get("/v1/models", headers={b"Authorization": b"Bearer k\xff"}).status_code == 200
+
+
 def test_without_a_key_other_names_for_this_machine_are_refused():
     with serving(local_names_only=True) as server, server.http() as http:
-        for host in ("evil.example", "evil.example:80", "", "[2001:db8::1]:80"):
+        for host in ("evil.example", "evil.example:80", "", "[2001:db8::1]:80", "[::1].evil.example"):
             assert http.get("/v1/models", headers={"Host": host}).status_code == 403
-        for host in ("localhost", "localhost:9", "127.0.0.1:9", "[::1]:9"):
+        for host in ("localhost", "LocalHost.:9", "127.0.0.1:9", "[::1]:9"):
             assert http.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
